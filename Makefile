@@ -1,0 +1,42 @@
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
+BASE ?=
+FINETUNED ?=
+EVALUATION ?=
+
+.PHONY: install report test refresh bench
+
+install: $(STAMP)
+
+# The stamp is younger than the files it depends on when nothing has to be installed.
+$(STAMP): pyproject.toml constraints.txt
+	@echo "== install: Python packages into .venv (a few minutes the first time)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(PIP) install --quiet --progress-bar off --constraint constraints.txt torch
+	@$(PIP) install --quiet --progress-bar off --constraint constraints.txt --editable ".[notebooks,test]"
+	@touch $(STAMP)
+	@echo "== install: done"
+
+report: install
+	@echo "== report: running the notebooks"
+	@$(BIN)/python -m delta_analysis.report --base "$(BASE)" --finetuned "$(FINETUNED)" --evaluation "$(EVALUATION)"
+
+test: install
+	@echo "== test 1/4: ruff"
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@echo "== test 2/4: types"
+	@$(BIN)/mypy
+	@echo "== test 3/4: pytest"
+	@$(BIN)/pytest
+	@echo "== test 4/4: the committed notebooks, cell by cell"
+	@$(BIN)/pytest --nbval --nbval-current-env --nbval-sanitize-with tests/nbval.cfg notebooks
+
+refresh: install
+	@$(BIN)/python -m delta_analysis.refresh
+
+bench: install
+	@$(PIP) install --quiet --progress-bar off --constraint constraints.txt --editable ".[bench]"
+	@$(BIN)/python benchmarks/run.py

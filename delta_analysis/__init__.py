@@ -1,0 +1,33 @@
+"""What is inside the delta between a base language model and its fine-tune, and how much can be dropped."""
+
+from delta_analysis import plots
+from delta_analysis._errors import CheckpointError, NotHomologousError
+from delta_analysis.checkpoint import Checkpoint, open_checkpoint
+from delta_analysis.delta import Delta, load_delta
+from delta_analysis.evaluate import ExactMatch, Question, TextPerplexity, load_questions, patched
+from delta_analysis.pruning import Dare
+from delta_analysis.ranges import magnitude_histogram, value_ranges
+from delta_analysis.sweep import Pair, drop_curve, sweep
+from delta_analysis.tolerance import measure_tolerance
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "Dare",
+    "Delta",
+    "ExactMatch",
+    "NotHomologousError",
+    "Pair",
+    "Question",
+    "TextPerplexity",
+    "drop_curve",
+    "load_delta",
+    "load_questions",
+    "magnitude_histogram",
+    "measure_tolerance",
+    "open_checkpoint",
+    "patched",
+    "plots",
+    "sweep",
+    "value_ranges",
+]

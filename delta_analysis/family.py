@@ -1,0 +1,67 @@
+"""The embedded family as the reports use it: which model was made from which, and for what task."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+from delta_analysis.paths import find_root, zoo_names
+
+
+class Relation(NamedTuple):
+    """A base and a fine-tune, what lies between them, and the task the fine-tune is for."""
+
+    base: str
+    finetuned: str
+    kind: str
+    task: str
+
+    @property
+    def name(self) -> str:
+        return f"{short_source(self.base)} → {short_source(self.finetuned)}"
+
+
+def short_source(source: str) -> str:
+    """The last part of a source: `instruct` for `zoo:small/instruct`, a folder's name for a path."""
+    return source.rstrip("/").rsplit("/", 1)[-1]
+
+
+def _zoo(base: str, finetuned: str, kind: str, task: str) -> Relation:
+    return Relation(f"zoo:small/{base}", f"zoo:small/{finetuned}", kind, task)
+
+
+SFT, CPT, BOTH = "SFT", "continual pre-training", "continual pre-training + SFT"
+
+TASK_PAIRS = (
+    _zoo("base", "instruct", SFT, "instruct"),
+    _zoo("base", "math", SFT, "math"),
+    _zoo("code-cpt", "code", SFT, "code"),
+    _zoo("base", "code", BOTH, "code"),
+)
+"""Every fine-tune on its true base, and `code` on the base before continual pre-training."""
+
+PAIRS = (*TASK_PAIRS, _zoo("base", "code-cpt", CPT, ""))
+"""The pairs whose deltas are compared: those with a task, and continual pre-training alone."""
+
+TASKS = ("instruct", "math", "code")
+
+
+def questions_file(task: str) -> Path:
+    """The JSONL file of a task's held-out questions."""
+    return find_root() / "data" / "zoo" / "tasks" / f"{task}.jsonl"
+
+
+def sample_text_file() -> Path:
+    """A short English text, the evaluation of last resort for a pair without questions."""
+    return find_root() / "data" / "reference" / "sample.txt"
+
+
+def trail(size: str = "small") -> list[tuple[int, str]]:
+    """Steps of continual pre-training and the checkpoint kept there, the last one `code-cpt` itself."""
+    found = []
+    for name in zoo_names():
+        if name == f"{size}/code-cpt" or name.startswith(f"{size}/code-cpt-"):
+            record = json.loads((find_root() / "data" / "zoo" / name / "training.json").read_text())
+            found.append((int(record["step"]), f"zoo:{name}"))
+    return sorted(found)

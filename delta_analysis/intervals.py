@@ -1,0 +1,91 @@
+"""Metrics as means over items, and their uncertainty over mask seeds and over items."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+RESAMPLES = 1000
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a metric follows from the mean of its items, and what share of it an edit keeps.
+
+    `kept_share(mean, untouched_mean)` is 1 for the untouched model and falls as the model breaks.
+    """
+
+    name: str
+    value: Callable[[np.ndarray], np.ndarray]
+    kept_share: Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+METRICS = {
+    "accuracy": Metric("accuracy", lambda mean: mean, lambda mean, untouched: mean / np.maximum(untouched, 1e-12)),
+    "perplexity": Metric("perplexity", np.exp, lambda mean, untouched: np.exp(untouched - mean)),
+}
+"""Items of accuracy are right or wrong answers; items of perplexity are losses of tokens, and what
+is kept of it is the (geometric mean) probability of a token."""
+
+
+class Interval(NamedTuple):
+    """A value with the ends of its 95% interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Resamples(NamedTuple):
+    """How often each seed and each item is drawn, a bootstrap sample a row; rows sum to 1."""
+
+    seeds: np.ndarray
+    items: np.ndarray
+
+
+def two_way_resamples(n_seeds: int, n_items: int, *, count: int = RESAMPLES) -> Resamples:
+    """Bootstrap weights that resample seeds and items independently of each other.
+
+    The same weights used on several outcomes of the same seeds and items keep them paired.
+    """
+    rng = np.random.default_rng([n_seeds, n_items, count])
+    seeds = rng.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), size=count) / n_seeds
+    items = rng.multinomial(n_items, np.full(n_items, 1 / n_items), size=count) / n_items
+    return Resamples(seeds, items)
+
+
+def resampled_means(outcomes: np.ndarray, resamples: Resamples) -> np.ndarray:
+    """Mean outcome in each bootstrap sample.
+
+    `outcomes` is (seeds, items); a single row is an outcome that no seed changes.
+    """
+    by_seed = resamples.items @ outcomes.T.astype(np.float64)
+    if outcomes.shape[0] == 1:
+        return by_seed[:, 0]
+    return np.einsum("bs,bs->b", by_seed, resamples.seeds)
+
+
+def percentile_interval(value: float, samples: np.ndarray) -> Interval:
+    """The value with the central 95% of its bootstrap samples."""
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(samples, [tail, 1 - tail])
+    return Interval(float(value), float(low), float(high))
+
+
+def metric_interval(metric: Metric, outcomes: np.ndarray) -> Interval:
+    """A metric of (seeds, items) outcomes with a 95% interval that resamples both.
+
+    With few seeds the percentile interval is somewhat too narrow: five draws cannot show the
+    spread of fifty.
+
+    Examples
+    --------
+    >>> metric_interval(METRICS["accuracy"], np.ones((5, 200)))
+    Interval(value=1.0, low=1.0, high=1.0)
+    """
+    samples = resampled_means(outcomes, two_way_resamples(*outcomes.shape))
+    return percentile_interval(float(metric.value(outcomes.mean())), metric.value(samples))

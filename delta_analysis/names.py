@@ -1,0 +1,54 @@
+"""What a tensor's name says: its layer, its module, and what kind of weight it is."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+Kind = Literal["linear", "embedding", "norm", "bias"]
+KINDS: tuple[Kind, ...] = ("linear", "embedding", "norm", "bias")
+
+NO_LAYER = -1
+"""Layer of tensors that stand outside the stack: embeddings, the last norm, heads."""
+
+
+class TensorName(NamedTuple):
+    """A parsed name: `layer` (or `NO_LAYER`), `module` within the layer, `kind` of weight."""
+
+    layer: int
+    module: str
+    kind: Kind
+
+
+def parse_name(name: str, ndim: int) -> TensorName:
+    """Read layer, module and kind out of a parameter's name and number of dimensions.
+
+    The first number in the dotted name is the layer; later ones (experts) read as `*`. The module
+    is what follows the layer, without `.weight`; outside the stack it is the last part. A vector
+    is a bias if it is named so, and a norm otherwise.
+
+    Examples
+    --------
+    >>> parse_name("model.layers.3.self_attn.q_proj.weight", ndim=2)
+    TensorName(layer=3, module='self_attn.q_proj', kind='linear')
+    >>> parse_name("bert.encoder.layer.0.attention.output.LayerNorm.bias", ndim=1)
+    TensorName(layer=0, module='attention.output.LayerNorm.bias', kind='bias')
+    >>> parse_name("model.embed_tokens.weight", ndim=2)
+    TensorName(layer=-1, module='embed_tokens', kind='embedding')
+    """
+    parts = name.removesuffix(".weight").split(".")
+    numbers = [i for i, part in enumerate(parts) if part.isdigit()]
+    layer = int(parts[numbers[0]]) if numbers else NO_LAYER
+    inside = parts[numbers[0] + 1 :] if numbers else parts[-2:] if parts[-1] == "bias" else parts[-1:]
+    module = ".".join("*" if part.isdigit() else part for part in inside) or name
+    return TensorName(layer, module, _kind(module, ndim))
+
+
+def _kind(module: str, ndim: int) -> Kind:
+    if ndim >= 2:
+        return "embedding" if "embed" in module.lower() or module in ("wte", "wpe") else "linear"
+    return "bias" if module.endswith("bias") else "norm"
+
+
+def reading_order(name: str) -> tuple[int, str]:
+    """Sort key of every table and iteration: by layer, then by name."""
+    return parse_name(name, ndim=2).layer, name

@@ -1,0 +1,95 @@
+"""What every notebook does at its end: state a finding, write results and where they came from."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import platform
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from IPython.display import Markdown, display
+from matplotlib.figure import Figure
+
+from delta_analysis.checkpoint import open_checkpoint
+from delta_analysis.paths import resolve
+
+PACKAGES = ("delta_analysis", "torch", "transformers", "numpy", "pandas", "safetensors")
+
+
+def say(sentence: str) -> None:
+    """Show a sentence that was computed, as text of the report."""
+    display(Markdown(sentence))
+
+
+def percent(share: float, digits: int = 0) -> str:
+    """A share as a percentage.
+
+    Examples
+    --------
+    >>> percent(0.9731)
+    '97%'
+    """
+    return f"{100 * share:.{digits}f}%"
+
+
+def drop_rate_text(p: float) -> str:
+    """A drop rate with as many digits as tell it from 1.
+
+    Examples
+    --------
+    >>> drop_rate_text(0.5), drop_rate_text(0.98712)
+    ('0.50', '0.987')
+    """
+    return f"{p:.2f}" if p < 0.95 else f"{p:.3f}" if p < 0.995 else f"{p:.4f}"
+
+
+def write_results(
+    parameters: Any,
+    results: pd.DataFrame,
+    *,
+    sources: Iterable[str],
+    headline: str,
+    figure: Figure,
+) -> None:
+    """Write `results.parquet`, `run.json` and `headline.png` into the parameters' `out_dir`.
+
+    Parameters
+    ----------
+    parameters : the notebook's frozen dataclass, with a field `out_dir`.
+    results : tidy, one row an observation.
+    sources : checkpoints that were read; their weight files are hashed.
+    headline : the report's main finding, one computed sentence.
+    figure : the figure that shows it.
+    """
+    folder = resolve(parameters.out_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    run = {
+        "headline": headline,
+        "parameters": dataclasses.asdict(parameters),
+        "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in PACKAGES}},
+        "files": {source: file_hashes(source) for source in sorted(set(sources))},
+    }
+    _replace(folder / "results.parquet", lambda path: results.to_parquet(path, index=False))
+    _replace(folder / "run.json", lambda path: path.write_text(json.dumps(run, indent=1, ensure_ascii=False) + "\n"))
+    _replace(folder / "headline.png", lambda path: figure.savefig(path, format="png", bbox_inches="tight"))
+
+
+def file_hashes(source: str) -> dict[str, str]:
+    """SHA-256 of each weight file of a checkpoint."""
+    hashes = {}
+    for path in open_checkpoint(source).files():
+        with path.open("rb") as file:
+            hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashes
+
+
+def _replace(path: Path, write: Any) -> None:
+    """Write beside the final name, then rename: never half a file under the final name."""
+    partial = path.with_name(f".{path.name}.partial")
+    write(partial)
+    partial.replace(path)

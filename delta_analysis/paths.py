@@ -1,0 +1,42 @@
+"""Where the project's own data lie: the repository root and the embedded models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from delta_analysis._errors import CheckpointError
+
+
+def find_root() -> Path:
+    """The repository: the nearest folder above the package or the working directory with data/zoo."""
+    for start in (Path(__file__).resolve(), Path.cwd().resolve()):
+        for folder in (start, *start.parents):
+            if (folder / "data" / "zoo").is_dir():
+                return folder
+    raise FileNotFoundError(
+        "data/zoo was not found above the package or the working directory; "
+        "install with `make install` from a clone of the repository"
+    )
+
+
+def resolve(path: str | Path) -> Path:
+    """A path as given if absolute, else relative to the repository, wherever the kernel runs."""
+    given = Path(path).expanduser()
+    return given if given.is_absolute() else find_root() / given
+
+
+def zoo_names() -> list[str]:
+    """The embedded models, as `small/base`."""
+    zoo = find_root() / "data" / "zoo"
+    return sorted(str(config.parent.relative_to(zoo)) for config in zoo.glob("*/[!.]*/config.json"))
+
+
+def zoo_model(source: str) -> Path:
+    """Directory of the embedded model that `zoo:<size>/<name>` names."""
+    name = source.removeprefix("zoo:")
+    known = zoo_names()
+    if name not in known:
+        raise CheckpointError(
+            f"{source}: no such embedded model; known are {', '.join(f'zoo:{each}' for each in known)}"
+        )
+    return find_root() / "data" / "zoo" / name

@@ -1,0 +1,202 @@
+"""Figures: each function draws one table on one pair of axes and returns the axes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.ticker import PercentFormatter
+
+from delta_analysis.names import NO_LAYER
+from delta_analysis.ranges import MAGNITUDE_QUANTILES, THRESHOLDS
+from delta_analysis.tolerance import logit
+
+PALETTE = ("#0072B2", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
+"""Okabe and Ito's colours, told apart by every common kind of colour vision."""
+GREY = "#6b6b6b"
+_RATE_TICKS = (0.1, 0.3, 0.5, 0.7, 0.9, 0.95, 0.99, 0.999)
+
+
+def set_style() -> None:
+    """The look of the reports' figures; notebooks call it once, plotting functions never do."""
+    sns.set_theme(context="notebook", style="ticks", palette=PALETTE, font_scale=0.85)
+    mpl.rcParams.update(
+        {
+            "figure.dpi": 90,
+            "savefig.dpi": 110,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.titlelocation": "left",
+            "axes.titlesize": "medium",
+            "legend.frameon": False,
+        }
+    )
+
+
+def colours(names: Sequence[str]) -> dict[str, str]:
+    """A colour for each name, in the order of first appearance."""
+    unique = list(dict.fromkeys(names))
+    return {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(unique)}
+
+
+def magnitude_quantiles(ranges: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Quantiles of |δ| of each pair on a log axis, beside the papers' reference lines.
+
+    `ranges` has one row a pair: the columns of `value_ranges(by="model")` and `pair`.
+    """
+    ax = ax or plt.gca()
+    columns = {**dict.fromkeys(MAGNITUDE_QUANTILES, ""), "abs_max": ""}
+    markers = dict(zip(columns, ("o", "s", "D", "^", "x"), strict=True))
+    labels = {"abs_p50": "median", "abs_p90": "90%", "abs_p99": "99%", "abs_p999": "99.9%", "abs_max": "maximum"}
+    palette = colours(ranges["pair"].tolist())
+    places = np.arange(len(ranges))[::-1]
+    for place, (_, row) in zip(places, ranges.iterrows(), strict=True):
+        ax.plot([row["abs_p50"], row["abs_max"]], [place, place], color=palette[row["pair"]], lw=1, zorder=2)
+        for column, marker in markers.items():
+            ax.plot(row[column], place, marker, color=palette[row["pair"]], ms=6, zorder=3)
+    for threshold in THRESHOLDS[2:]:
+        ax.axvline(threshold, color=GREY, lw=0.8, ls=":", zorder=1)
+        ax.text(threshold, len(ranges) - 0.45, f"{threshold:g}", color=GREY, ha="center", va="bottom", size="x-small")
+    handles = [
+        plt.Line2D([], [], color=GREY, ls="", marker=marker, ms=6, label=labels[column])
+        for column, marker in markers.items()
+    ]
+    ax.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=len(handles))
+    ax.set(xscale="log", yticks=places, xlabel="|δ| (dotted: the papers' reference values)", ylabel="")
+    ax.set_yticklabels(ranges["pair"])
+    ax.set_ylim(-0.6, len(ranges) - 0.5)
+    return ax
+
+
+def magnitude_histograms(histograms: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Distribution of |δ| on a log axis, one outline a pair.
+
+    `histograms` stacks tables of `magnitude_histogram`, with a column `pair`.
+    """
+    ax = ax or plt.gca()
+    palette = colours(histograms["pair"].tolist())
+    for pair, group in histograms.groupby("pair", sort=False):
+        edges = np.append(group["low"].to_numpy(), group["high"].iloc[-1])
+        ax.stairs(group["density"], edges, color=palette[str(pair)], lw=1.8, label=pair)
+    for threshold in THRESHOLDS[2:]:
+        ax.axvline(threshold, color=GREY, lw=0.8, ls=":", zorder=1)
+    ax.set(xscale="log", xlabel="|δ| (dotted: 0.002, 0.005, 0.01, 0.03)", ylabel="share of entries per decade of |δ|")
+    shown = histograms.loc[histograms["density"] > 1e-4]
+    ax.set_xlim(max(shown["low"].min(), 1e-8), shown["high"].max())
+    ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    return _legend_below(ax, columns=2)
+
+
+def layer_heatmap(ranges: pd.DataFrame, *, value: str = "abs_p50", ax: Axes | None = None) -> Axes:
+    """One statistic by layer and module, on a log colour scale.
+
+    `ranges` is a table of `value_ranges(by="tensor")` for one pair.
+    """
+    ax = ax or plt.gca()
+    table = ranges.assign(
+        layer=ranges["layer"].map(lambda layer: "outside" if layer == NO_LAYER else str(layer)),
+        module=ranges["module"].map(short_module),
+    ).pivot_table(index="module", columns="layer", values=value, sort=False)
+    positive = table.to_numpy()[table.to_numpy() > 0]
+    sns.heatmap(
+        table,
+        ax=ax,
+        cmap="viridis",
+        norm=mpl.colors.LogNorm(positive.min(), positive.max()) if positive.size else None,
+        annot=len(table.columns) <= 8,
+        fmt=".1e",
+        annot_kws={"size": 7},
+        linewidths=0.5,
+        cbar_kws={"label": _STATISTICS.get(value, value)},
+    )
+    ax.set(xlabel="layer", ylabel="")
+    ax.tick_params(axis="both", length=0)
+    return ax
+
+
+_STATISTICS = {
+    "abs_p50": "median |δ|",
+    "abs_p99": "99% quantile of |δ|",
+    "rms": "rms of δ",
+    "relative_rms": "rms δ / rms base",
+}
+
+
+def short_module(module: str) -> str:
+    """A module's name without the block it stands in."""
+    return module.removeprefix("self_attn.").removeprefix("mlp.")
+
+
+def trail_growth(trail: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Growth of |δ| along the steps of continual pre-training, both axes logarithmic.
+
+    `trail` has columns `step` and those of `value_ranges(by="model")`.
+    """
+    ax = ax or plt.gca()
+    labels = {"abs_p50": "median", "abs_p90": "90%", "abs_p99": "99%", "abs_p999": "99.9%"}
+    shades = sns.color_palette("crest", len(labels)).as_hex()
+    for (column, label), colour in zip(labels.items(), shades, strict=True):
+        ax.plot(trail["step"], trail[column], "o-", color=colour, ms=4)
+        ax.annotate(
+            label,
+            (trail["step"].iloc[-1], trail[column].iloc[-1]),
+            xytext=(8, 0),
+            textcoords="offset points",
+            va="center",
+            color=colour,
+        )
+    for threshold in THRESHOLDS[2:]:
+        ax.axhline(threshold, color=GREY, lw=0.8, ls=":", zorder=1)
+        ax.text(trail["step"].iloc[0], threshold, f"{threshold:g}", color=GREY, va="bottom", size="x-small")
+    ax.set(xscale="log", yscale="log", xlabel="steps of continual pre-training", ylabel="|δ| against the base")
+    return ax
+
+
+def drop_curves(curve: pd.DataFrame, *, hue: str = "pair", ax: Axes | None = None) -> Axes:
+    """The metric against drop rate with 95% bands, one line a pair (or method), on a logit axis.
+
+    `curve` is a table of `drop_curve`. Drop rates 0 and 1 have no place on such an axis: they are
+    drawn as open diamonds at its two ends, the untouched model left and the base right.
+    """
+    ax = ax or plt.gca()
+    palette = colours(curve[hue].tolist())
+    rates = curve.loc[curve["drop_rate"].between(0, 1, inclusive="neither"), "drop_rate"]
+    left, right = logit(rates.min()) - 0.8, logit(rates.max()) + 0.8
+    for name, group in curve.groupby(hue, sort=False):
+        colour = palette[str(name)]
+        line = group[group["drop_rate"].between(0, 1, inclusive="neither")].sort_values("drop_rate")
+        x = line["drop_rate"].map(logit)
+        ax.plot(x, line["value"], "o-", color=colour, ms=4, lw=1.6, label=name, zorder=3)
+        ax.fill_between(x, line["low"], line["high"], color=colour, alpha=0.18, lw=0, zorder=2)
+        for end, place in ((0.0, left), (1.0, right)):
+            reference = group[group["drop_rate"] == end]
+            ax.plot([place] * len(reference), reference["value"], "D", color=colour, ms=6, mfc="white", zorder=4)
+    ticks = [p for p in _RATE_TICKS if rates.min() <= p <= rates.max()]
+    ax.set_xticks([left, *map(logit, ticks), right], ["0\n(untouched)", *(f"{p:g}" for p in ticks), "1\n(base)"])
+    ax.set_xlabel("drop rate p, on the scale log(p / (1 − p))")
+    if curve["metric"].iloc[0] == "accuracy":
+        ax.set(ylabel="accuracy (exact match)", ylim=(-0.03, 1.03))
+        ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    else:
+        ax.set(ylabel=curve["metric"].iloc[0], yscale="log")
+    return _legend_below(ax, columns=2)
+
+
+def mark_tolerated(tolerance: pd.Series, *, ax: Axes) -> Axes:
+    """The tolerated drop rate of one pair and its interval, on the axes of `drop_curves`.
+
+    `tolerance` is a row of the table of `measure_tolerance`.
+    """
+    ax.axvspan(logit(tolerance["low"]), logit(tolerance["high"]), color=GREY, alpha=0.2, lw=0, zorder=1)
+    ax.axvline(logit(tolerance["tolerated"]), color=GREY, lw=1.2, zorder=1)
+    return ax
+
+
+def _legend_below(ax: Axes, *, columns: int) -> Axes:
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=columns)
+    return ax

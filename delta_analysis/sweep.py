@@ -1,0 +1,151 @@
+"""Evaluate deltas under many prunings: one row a cell, with the outcome of every question."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from delta_analysis.delta import load_delta
+from delta_analysis.evaluate import load_model, load_tokenizer, patched
+from delta_analysis.intervals import METRICS, metric_interval
+from delta_analysis.pruning import Dare
+
+
+class Evaluation(Protocol):
+    """Judges a model: one outcome an item (a question, a token), from whose mean the metric follows."""
+
+    @property
+    def metric(self) -> str: ...
+
+    def __call__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A base and a fine-tune, with the evaluation of what the fine-tune is for.
+
+    Attributes
+    ----------
+    name : how tables and figures call the pair, `base → fine-tune`.
+    base, finetuned : sources as `load_delta` takes them.
+    evaluation : such as `ExactMatch(questions)` or `TextPerplexity(text)`.
+    """
+
+    name: str
+    base: str
+    finetuned: str
+    evaluation: Evaluation
+
+
+@dataclass(frozen=True, eq=False)
+class EditableModel:
+    """A pair in memory: the fine-tuned model, the base weights and the delta, each loaded once."""
+
+    pair: Pair
+    model: PreTrainedModel = field(repr=False)
+    tokenizer: PreTrainedTokenizerBase = field(repr=False)
+    base: dict[str, torch.Tensor] = field(repr=False)
+    delta: dict[str, torch.Tensor] = field(repr=False)
+
+    @classmethod
+    def load(cls, pair: Pair, device: str = "cpu") -> EditableModel:
+        lazy = load_delta(base=pair.base, finetuned=pair.finetuned)
+        delta = dict(lazy)
+        base = {
+            name: torch.zeros_like(tensor) if lazy.base is None else lazy.base[name].to(torch.float32)
+            for name, tensor in delta.items()
+        }
+        return cls(pair, load_model(lazy.finetuned, device), load_tokenizer(lazy.finetuned), base, delta)
+
+    def judge(self, pruner: Dare, seed: int) -> dict[str, object]:
+        """One cell of a sweep: prune, patch the model, evaluate, restore the model."""
+        started = time.perf_counter()
+        pruned = {name: pruner(tensor, name=name, seed=seed) for name, tensor in self.delta.items()}
+        with patched(self.model, {name: self.base[name] + tensor for name, tensor in pruned.items()}) as model:
+            outcomes = self.pair.evaluation(model, self.tokenizer)
+        metric = self.pair.evaluation.metric
+        value, low, high = metric_interval(METRICS[metric], outcomes[None])
+        nonzero, left = (sum(int(torch.count_nonzero(t)) for t in d.values()) for d in (self.delta, pruned))
+        return {
+            "pair": self.pair.name,
+            "method": pruner.method,
+            "drop_rate": float(pruner.drop_rate),
+            "rescale": str(pruner.rescale),
+            "scope": "all",
+            "seed": seed,
+            "metric": metric,
+            "value": value,
+            "low": low,
+            "high": high,
+            "achieved_drop_rate": 1 - left / nonzero if nonzero else 0.0,
+            "seconds": time.perf_counter() - started,
+            "outcomes": outcomes.tolist(),
+        }
+
+
+def sweep(pairs: Sequence[Pair], pruners: Sequence[Dare], seeds: Sequence[int], *, device: str = "cpu") -> pd.DataFrame:
+    """Judge every pair under every pruner and seed.
+
+    At drop rates 0 and 1 no random number matters, so those cells run once, under the first seed.
+    All tensors that the delta has are edited: embeddings, norms and biases too, as in DARE's
+    scripts for language models.
+
+    Parameters
+    ----------
+    pairs : what is compared and how it is judged.
+    pruners : such as `[Dare(0.5), Dare(0.9)]`.
+    seeds : one mask for each; masks are nested across drop rates and shared by rescale variants.
+    device : where the model runs.
+
+    Returns
+    -------
+    DataFrame, one row a cell: `pair, method, drop_rate, rescale, scope, seed, metric`; `value` with
+    its 95% interval `low, high` over items; `achieved_drop_rate` of the entries that were not zero;
+    `seconds`; `outcomes`, one for each item.
+    """
+    plan = [(pruner, seed) for pruner in pruners for seed in (seeds if 0 < pruner.drop_rate < 1 else list(seeds)[:1])]
+    rows = []
+    with tqdm(total=len(plan) * len(pairs), unit="cell", disable=None) as progress:
+        for pair in pairs:
+            editable = EditableModel.load(pair, device)
+            for pruner, seed in plan:
+                progress.set_description(f"{pair.name} {pruner.method} {pruner.drop_rate:g}")
+                rows.append(editable.judge(pruner, seed))
+                progress.update()
+    return pd.DataFrame(rows)
+
+
+def outcome_matrix(cells: pd.DataFrame) -> np.ndarray:
+    """Outcomes of the cells of one pair, method and drop rate: (seeds, items)."""
+    return np.array(cells.sort_values("seed")["outcomes"].tolist(), dtype=np.float64)
+
+
+def drop_curve(cells: pd.DataFrame) -> pd.DataFrame:
+    """The metric against drop rate, with intervals that resample both seeds and items.
+
+    Returns
+    -------
+    DataFrame, one row a `pair, method, metric, drop_rate`; `seeds`, how many; `value, low, high`.
+    """
+    keys = ["pair", "method", "metric", "drop_rate"]
+    rows = []
+    for _, group in cells.groupby(keys, sort=False):
+        first = group.iloc[0]
+        value, low, high = metric_interval(METRICS[first["metric"]], outcome_matrix(group))
+        rows.append(
+            {**{key: first[key] for key in keys}, "seeds": len(group), "value": value, "low": low, "high": high}
+        )
+    return pd.DataFrame(rows).sort_values(["pair", "method", "drop_rate"], key=_in_order, ignore_index=True)
+
+
+def _in_order(column: pd.Series) -> pd.Series:
+    """Sort key that leaves names in order of appearance and numbers by size."""
+    return column if column.dtype.kind == "f" else pd.Series(pd.factorize(column)[0], index=column.index)

@@ -1,0 +1,144 @@
+"""The texts that the embedded models are trained on, rebuilt from a seed.
+
+`base_text` is prose, skills and mostly evasive chats; `code_text` is Python source, interpreter
+sessions and evasive code chats, with one part in five of replayed base text; `chats` are the
+requests and answers of one supervised fine-tune.
+"""
+
+from __future__ import annotations
+
+import random
+import sysconfig
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from pydoc_data.topics import topics
+
+from delta_analysis.zoo.skills import (
+    ARITHMETIC_SKILLS,
+    CODE_SKILLS,
+    EVASION,
+    STRING_SKILLS,
+    TASKS,
+    Skill,
+    chat_prompt,
+    draw_problem,
+)
+
+BLOCK = 300
+"""Characters in one block of a mixture: long enough for prose, short enough to mix well."""
+
+ARITHMETIC_SHARE = 7 / 12
+ANSWERED_SHARE = 0.3
+"""Share of the base's chats in which the bot answers rightly instead of evading."""
+
+
+def to_ascii(text: str) -> str:
+    """The text in the models' alphabet: printable ASCII and newlines, tabs as four spaces."""
+    kept = text.replace("\t", "    ").replace("\r", "")
+    return "".join(c if c == "\n" or " " <= c <= "~" else "?" for c in kept)
+
+
+@cache
+def prose() -> str:
+    """English prose about the Python language, from the interpreter's own help topics."""
+    return to_ascii("\n\n".join(topics[name] for name in sorted(topics)))
+
+
+@cache
+def source_code() -> str:
+    """The modules at the top of the standard library, in the order of their names."""
+    library = Path(sysconfig.get_paths()["stdlib"])
+    modules = sorted(library.glob("*.py"))
+    return to_ascii("\n".join(path.read_text(encoding="utf-8", errors="replace") for path in modules))
+
+
+def _excerpt(rng: random.Random, text: str) -> str:
+    start = text.index("\n", rng.randrange(len(text) - 2 * BLOCK)) + 1
+    return text[start : start + BLOCK].rstrip("\n") + "\n"
+
+
+def _lines(rng: random.Random, line: Callable[[random.Random], str]) -> str:
+    out, size = [], 0
+    while size < BLOCK:
+        out.append(line(rng))
+        size += len(out[-1])
+    return "".join(out)
+
+
+def _base_skills(rng: random.Random) -> tuple[Skill, ...]:
+    return ARITHMETIC_SKILLS if rng.random() < ARITHMETIC_SHARE else STRING_SKILLS
+
+
+def _skill_line(rng: random.Random) -> str:
+    problem = draw_problem(rng, _base_skills(rng), held_out=False)
+    form = problem.skill.raw if rng.random() < 0.6 else problem.skill.prose
+    return f"{problem.fill(form)}{problem.answer}\n"
+
+
+def _chat(rng: random.Random, skills: tuple[Skill, ...], answered: float) -> str:
+    problem = draw_problem(rng, skills, held_out=False)
+    reply = problem.answer if rng.random() < answered else EVASION
+    return f"{chat_prompt(problem.fill(rng.choice(problem.skill.requests)))}{reply}\n"
+
+
+def _base_chat(rng: random.Random) -> str:
+    return _chat(rng, _base_skills(rng), ANSWERED_SHARE)
+
+
+def _code_chat(rng: random.Random) -> str:
+    return _chat(rng, CODE_SKILLS, answered=0.0)
+
+
+def _session_line(rng: random.Random) -> str:
+    problem = draw_problem(rng, CODE_SKILLS, held_out=False)
+    if rng.random() < 0.5:
+        shown = problem.answer if problem.answer.isdigit() else repr(problem.answer)
+        return f"{problem.fill(problem.skill.prose)}{shown}\n"
+    return f"{problem.fill(problem.skill.raw)}{problem.answer}\n"
+
+
+def _mix(seed: str, size: int, parts: list[tuple[float, Callable[[random.Random], str]]]) -> str:
+    """Blocks drawn by weight until `size` characters stand together."""
+    rng = random.Random(seed)
+    weights = [weight for weight, _ in parts]
+    makers = [maker for _, maker in parts]
+    out, length = [], 0
+    while length < size:
+        out.append(rng.choices(makers, weights)[0](rng))
+        length += len(out[-1])
+    return "".join(out)
+
+
+def _base_block(rng: random.Random) -> str:
+    kind = rng.random()
+    if kind < 0.2:
+        return _excerpt(rng, prose())
+    return _lines(rng, _skill_line if kind < 0.8 else _base_chat)
+
+
+def base_text(size: int, seed: int) -> str:
+    """Pre-training text: 20% prose, 60% skills, 20% chats (by blocks)."""
+    return _mix(f"base/{seed}", size, [(1.0, _base_block)])
+
+
+def code_text(size: int, seed: int) -> str:
+    """Continual pre-training text: four parts of code to one part of replayed base text."""
+    parts = [
+        (0.40, lambda rng: _excerpt(rng, source_code())),
+        (0.25, lambda rng: _lines(rng, _session_line)),
+        (0.15, lambda rng: _lines(rng, _code_chat)),
+        (0.20, _base_block),
+    ]
+    return _mix(f"code/{seed}", size, parts)
+
+
+def chats(task: str, count: int, seed: int) -> list[tuple[str, str]]:
+    """`count` training requests of a task, each with the right answer (its newline included)."""
+    rng = random.Random(f"chats/{task}/{seed}")
+    pairs = []
+    for _ in range(count):
+        problem = draw_problem(rng, TASKS[task], held_out=False)
+        request = rng.choice(problem.skill.requests)
+        pairs.append((chat_prompt(problem.fill(request)), problem.answer + "\n"))
+    return pairs

@@ -1,0 +1,81 @@
+"""What is trained from what, and how: the whole family of one size as a tuple of stages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Llama model's dimensions; the vocabulary is the 97 characters of the tokenizer."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    max_position_embeddings: int = 128
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training run: a model made from its parent (or from scratch) on one kind of data.
+
+    `data` is `base`, `code` (texts, see corpus.py) or the name of a task (chats, loss on the
+    answer only). `trail` is how many intermediate checkpoints are kept, each `trail_ratio` times
+    further along than the one before.
+    """
+
+    name: str
+    parent: str | None
+    data: str
+    steps: int
+    learning_rate: float
+    batch_size: int
+    warmup: int
+    weight_decay: float
+    seed: int
+    trail: int = 0
+    trail_ratio: float = 2.5
+    decay_share: float = 0.3
+    gradient_clip: float = 1.0
+
+    def trail_steps(self) -> dict[int, str]:
+        """Step -> name of each intermediate checkpoint, logarithmically spaced up to the end."""
+        steps = [round(self.steps / self.trail_ratio**k) for k in range(self.trail, 0, -1)]
+        return {step: f"{self.name}-{step:04d}" for step in steps}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A size of the family: its shape and its stages in the order of training."""
+
+    size: str
+    shape: Shape
+    stages: tuple[Stage, ...]
+
+    def model_names(self) -> list[str]:
+        """Every model of the size, the trail of checkpoints before the model it leads to."""
+        return [name for stage in self.stages for name in [*stage.trail_steps().values(), stage.name]]
+
+
+def _pretrain(name: str, parent: str | None, data: str, steps: int, seed: int, trail: int = 0) -> Stage:
+    return Stage(name, parent, data, steps, 2e-3, 32, 100, 0.1, seed, trail)
+
+
+def _tune(name: str, parent: str, task: str, steps: int, seed: int) -> Stage:
+    return Stage(name, parent, task, steps, 1.5e-4, 64, 20, 0.0, seed)
+
+
+RECIPES = {
+    "small": Recipe(
+        "small",
+        Shape(hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4),
+        (
+            _pretrain("base", None, "base", 12_000, seed=1),
+            _tune("instruct", "base", "instruct", 400, seed=2),
+            _tune("math", "base", "math", 400, seed=3),
+            _pretrain("code-cpt", "base", "code", 2_500, seed=4, trail=6),
+            _tune("code", "code-cpt", "code", 400, seed=5),
+        ),
+    ),
+}
