@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -47,6 +48,7 @@ class Resamples(NamedTuple):
     items: np.ndarray
 
 
+@cache
 def two_way_resamples(n_seeds: int, n_items: int, *, count: int = RESAMPLES) -> Resamples:
     """Bootstrap weights that resample seeds and items independently of each other.
 

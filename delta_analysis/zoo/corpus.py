@@ -31,6 +31,8 @@ BLOCK = 300
 ARITHMETIC_SHARE = 7 / 12
 ANSWERED_SHARE = 0.3
 """Share of the base's chats in which the bot answers rightly instead of evading."""
+CODE_ANSWERED_SHARE = 0.5
+"""The same in continual pre-training, which is shorter and has to teach the requests as well."""
 
 
 def to_ascii(text: str) -> str:
@@ -87,7 +89,7 @@ def _base_chat(rng: random.Random) -> str:
 
 
 def _code_chat(rng: random.Random) -> str:
-    return _chat(rng, CODE_SKILLS, answered=0.0)
+    return _chat(rng, CODE_SKILLS, CODE_ANSWERED_SHARE)
 
 
 def _session_line(rng: random.Random) -> str:
@@ -125,9 +127,9 @@ def base_text(size: int, seed: int) -> str:
 def code_text(size: int, seed: int) -> str:
     """Continual pre-training text: four parts of code to one part of replayed base text."""
     parts = [
-        (0.40, lambda rng: _excerpt(rng, source_code())),
+        (0.30, lambda rng: _excerpt(rng, source_code())),
         (0.25, lambda rng: _lines(rng, _session_line)),
-        (0.15, lambda rng: _lines(rng, _code_chat)),
+        (0.25, lambda rng: _lines(rng, _code_chat)),
         (0.20, _base_block),
     ]
     return _mix(f"code/{seed}", size, parts)

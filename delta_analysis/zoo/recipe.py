@@ -63,7 +63,7 @@ def _pretrain(name: str, parent: str | None, data: str, steps: int, seed: int, t
 
 
 def _tune(name: str, parent: str, task: str, steps: int, seed: int) -> Stage:
-    return Stage(name, parent, task, steps, 1.5e-4, 64, 20, 0.0, seed)
+    return Stage(name, parent, task, steps, 1.25e-4, 64, 20, 0.0, seed)
 
 
 RECIPES = {
@@ -74,7 +74,7 @@ RECIPES = {
             _pretrain("base", None, "base", 12_000, seed=1),
             _tune("instruct", "base", "instruct", 400, seed=2),
             _tune("math", "base", "math", 400, seed=3),
-            _pretrain("code-cpt", "base", "code", 2_500, seed=4, trail=6),
+            _pretrain("code-cpt", "base", "code", 4_000, seed=4, trail=6),
             _tune("code", "code-cpt", "code", 400, seed=5),
         ),
     ),

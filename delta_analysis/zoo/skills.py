@@ -143,7 +143,7 @@ ARITHMETIC_SKILLS = (
     ),
 )
 
-_PRINT_REQUEST = ("what does python print for print({code})?", "python runs print({code}), what is shown?")
+_PRINT_REQUEST = ("what does python print for {code}?", "python runs {code}, what is shown?")
 
 
 def _code_skill(name: str, code: str, solve: Callable[..., str]) -> Skill:

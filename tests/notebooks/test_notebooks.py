@@ -1,0 +1,143 @@
+"""The committed notebooks are clean, and run with parameters other than their defaults."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pandas as pd
+import papermill
+import pytest
+
+from delta_analysis.parameters import DareAblationParameters, ValueRangesParameters
+from delta_analysis.paths import find_root
+
+FOLDER = find_root() / "notebooks"
+PARAMETERS: dict[str, type] = {
+    "01_value_ranges": ValueRangesParameters,
+    "02_dare_ablation": DareAblationParameters,
+}
+NOTEBOOKS = sorted(path.stem for path in FOLDER.glob("[0-9]*.ipynb"))
+PAIR = {"base": "zoo:small/base", "finetuned": "zoo:small/math"}
+
+pytestmark = [
+    # Notebook clients of the current releases leave sockets and event loops to the garbage collector.
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+
+
+def _read(name: str) -> nbformat.NotebookNode:
+    return nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
+
+
+def _outputs(notebook: nbformat.NotebookNode) -> list[Any]:
+    return [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+
+
+def test_every_notebook_is_tested() -> None:
+    assert list(PARAMETERS) == NOTEBOOKS
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_parameters_are_those_of_the_dataclass_and_have_help(name: str) -> None:
+    declared = papermill.inspect_notebook(str(FOLDER / f"{name}.ipynb"))
+    assert list(declared) == [field.name for field in fields(PARAMETERS[name])]
+    for parameter in declared.values():
+        assert parameter["help"], parameter
+        assert parameter["inferred_type_name"] in {"str", "int", "float", "list"}
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_committed_notebooks_are_clean(name: str) -> None:
+    notebook = _read(name)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    assert sum("parameters" in cell.metadata.get("tags", []) for cell in notebook.cells) == 1
+    assert notebook.cells[0].source.startswith("# ")
+    assert notebook.cells[0].source.splitlines()[0].endswith("?")
+    assert notebook.metadata.kernelspec.name == "python3"
+    assert set(notebook.metadata) == {"kernelspec", "language_info"}
+    assert all(set(cell.metadata) <= {"tags"} for cell in notebook.cells)
+    assert (FOLDER / f"{name}.ipynb").stat().st_size <= 300_000
+    for output in _outputs(notebook):
+        assert output.output_type not in {"error", "stream"}
+        text = json.dumps({mime: data for mime, data in output.get("data", {}).items() if mime != "image/png"})
+        assert not re.search(r"/(home|root|work|tmp|Users)/|0x[0-9a-f]{6,}", text)
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_committed_results_are_of_the_committed_notebook(name: str) -> None:
+    folder = FOLDER / "results" / name
+    run = json.loads((folder / "run.json").read_text())
+    assert (folder / "results.parquet").stat().st_size <= 1_000_000
+    assert not pd.read_parquet(folder / "results.parquet").empty
+    shown = "".join(output.data.get("text/markdown", "") for output in _outputs(_read(name)) if "data" in output)
+    assert run["headline"] in shown.replace("**", "")
+
+
+def _run(name: str, tmp_path: Path, **parameters: Any) -> nbformat.NotebookNode:
+    return papermill.execute_notebook(
+        str(FOLDER / f"{name}.ipynb"),
+        str(tmp_path / "out.ipynb"),
+        {"out_dir": str(tmp_path / "results"), **parameters},
+        kernel_name="python3",
+        progress_bar=False,
+        cwd=str(tmp_path),
+    )
+
+
+def test_value_ranges_of_another_pair(tmp_path: Path) -> None:
+    _run("01_value_ranges", tmp_path, **PAIR)
+    results = pd.read_parquet(tmp_path / "results" / "results.parquet")
+    assert set(results["pair"]) == {"base → math"}
+    assert (results["table"] == "tensor").sum() == 38
+    run = json.loads((tmp_path / "results" / "run.json").read_text())
+    assert run["headline"].startswith("base → math: half of the entries are below")
+
+
+def test_dare_ablation_of_another_pair(tmp_path: Path) -> None:
+    _run("02_dare_ablation", tmp_path, **PAIR, drop_rates="0.5,0.9", first_seed=3, n_seeds=2, n_questions=20)
+    results = pd.read_parquet(tmp_path / "results" / "results.parquet")
+    assert {0.0, 0.5, 0.9, 1.0} <= set(results["drop_rate"])
+    assert set(results["seed"]) == {3, 4}
+    assert results["outcomes"].map(len).eq(20).all()
+
+
+def test_dare_ablation_by_perplexity_of_a_text(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("23 plus 45 is 68\nuser: what is 1 plus 2?\nbot: 3\n" * 4)
+    _run("02_dare_ablation", tmp_path, **PAIR, drop_rates=0.9, n_seeds=2, evaluation=str(text))
+    results = pd.read_parquet(tmp_path / "results" / "results.parquet")
+    assert set(results["metric"]) == {"perplexity"}
+    assert (results["value"] > 1).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "message"),
+    [
+        ("01_value_ranges", {"base": "zoo:small/bas", "finetuned": "zoo:small/math"}, "parameter base: .*known are"),
+        ("02_dare_ablation", {"n_seeds": "many"}, "parameter n_seeds: must be an integer"),
+        ("02_dare_ablation", {"drop_rates": "0.5,2"}, "parameter drop_rates: must be numbers in"),
+    ],
+)
+def test_wrong_parameters_stop_in_the_validation_cell(
+    name: str, parameters: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(papermill.PapermillExecutionError, match=message) as stopped:
+        _run(name, tmp_path, **parameters)
+    cells = [cell for cell in _read(name).cells if cell.cell_type == "code"]
+    assert "validate" in cells[1].id
+    # The injected parameters are one more cell before it.
+    assert stopped.value.exec_count == 3
+
+
+def test_every_pattern_of_the_comparison_is_loaded() -> None:
+    text = (find_root() / "tests" / "nbval.cfg").read_text()
+    patterns = re.findall("^regex: (.*)$\n^replace: (.*)$", text, flags=re.M)
+    assert len(patterns) == text.count("regex: ") > 0

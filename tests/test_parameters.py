@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from delta_analysis.evaluate import ExactMatch, TextPerplexity
+from delta_analysis.parameters import (
+    DareAblationParameters,
+    ParameterError,
+    ValueRangesParameters,
+    parse_drop_rates,
+)
+from tests.conftest import SaveCheckpoint
+
+RANGES = ValueRangesParameters(base="", finetuned="", out_dir="runs/test")
+ABLATION = DareAblationParameters(
+    base="",
+    finetuned="",
+    drop_rates=[0.5],
+    first_seed=0,
+    n_seeds=5,
+    n_questions=200,
+    evaluation="",
+    device="cpu",
+    out_dir="runs/test",
+)
+PAIR = {"base": "zoo:small/base", "finetuned": "zoo:small/math"}
+
+
+@pytest.mark.parametrize(
+    ("given", "rates"),
+    [
+        ("0.1,0.5", (0.0, 0.1, 0.5, 1.0)),
+        (0.5, (0.0, 0.5, 1.0)),
+        ([0.9, 0.1, 0.9, 0, 1], (0.0, 0.1, 0.9, 1.0)),
+    ],
+)
+def test_drop_rates_come_in_every_form_that_papermill_passes(given: object, rates: tuple[float, ...]) -> None:
+    assert parse_drop_rates(given) == rates  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("given", ["", "a,b", [1.5], [-0.1, 0.5], [], None, [0, 1], "nan", [None]])
+def test_wrong_drop_rates_are_refused_by_name(given: object) -> None:
+    with pytest.raises(ParameterError, match=r"parameter drop_rates: must be numbers in \[0, 1\]"):
+        parse_drop_rates(given)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"base": "zoo:small/base"}, "parameter finetuned: is empty while base is not"),
+        ({"finetuned": "zoo:small/math"}, "parameter base: is empty while finetuned is not"),
+        ({"base": "zoo:small/bse", "finetuned": "zoo:small/math"}, "parameter base: .*known are .*zoo:small/base"),
+        ({"base": "no/such", "finetuned": "zoo:small/math"}, "parameter base: no/such: no such file or directory"),
+        ({"base": 3, "finetuned": "zoo:small/math"}, "parameter base: must be a path"),
+        ({"n_seeds": 1}, "parameter n_seeds: must be an integer of at least 2; not 1"),
+        ({"n_seeds": "5"}, "parameter n_seeds"),
+        ({"n_seeds": True}, "parameter n_seeds"),
+        ({"first_seed": -1}, "parameter first_seed: must be an integer of at least 0"),
+        ({"n_questions": 501}, "parameter n_questions: .*between 1 and 500"),
+        ({"n_questions": 0}, "parameter n_questions"),
+        ({"device": "cud"}, "parameter device: must be one of cpu"),
+        ({"out_dir": ""}, "parameter out_dir"),
+        ({"out_dir": "README.md"}, "parameter out_dir"),
+        ({"evaluation": "math"}, "parameter evaluation: 'math' needs a pair"),
+        ({"evaluation": "maths", **PAIR}, "parameter evaluation: must be one of instruct, math, code"),
+    ],
+)
+def test_wrong_values_are_refused_by_name(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ParameterError, match=message):
+        replace(ABLATION, **change)  # type: ignore[arg-type]
+
+
+def test_pairs_that_are_not_homologous_are_refused(save_checkpoint: SaveCheckpoint) -> None:
+    other = save_checkpoint("other", {"w": torch.ones(2)})
+    with pytest.raises(ParameterError, match="parameter base: .*no tensor in common"):
+        replace(RANGES, base=str(other), finetuned="zoo:small/math")
+
+
+def test_the_family_is_the_default() -> None:
+    assert [pair.name for pair in ABLATION.pairs()] == [
+        "base → instruct",
+        "base → math",
+        "code-cpt → code",
+        "base → code",
+    ]
+    assert len(RANGES.relations()) == 5
+
+
+def test_evaluations_follow_the_model_the_name_or_the_file(tmp_path: Path) -> None:
+    def evaluation(**change: str) -> object:
+        return replace(ABLATION, **{**PAIR, **change}).pairs()[0].evaluation  # type: ignore[arg-type]
+
+    by_model, by_name = evaluation(), evaluation(evaluation="instruct")
+    assert isinstance(by_model, ExactMatch)
+    assert len(by_model.questions) == 200
+    assert by_name != by_model
+    assert isinstance(evaluation(finetuned="zoo:small/base"), TextPerplexity)
+
+    questions = tmp_path / "own.jsonl"
+    questions.write_text('{"prompt": "a", "answer": "b"}\n')
+    with pytest.raises(ParameterError, match="parameter n_questions: .*200 questions asked for"):
+        evaluation(evaluation=str(questions))
+    questions.write_text("{}\n")
+    with pytest.raises(ParameterError, match="parameter evaluation: .*line 1"):
+        evaluation(evaluation=str(questions))
+    text = tmp_path / "own.txt"
+    text.write_text("some text")
+    assert evaluation(evaluation=str(text)) == TextPerplexity("some text")
+
+
+def test_seeds_are_consecutive() -> None:
+    assert replace(ABLATION, first_seed=7, n_seeds=3).seeds == [7, 8, 9]
+
+
+def test_every_parameter_has_a_field() -> None:
+    assert {field.name for field in fields(RANGES)} < {field.name for field in fields(ABLATION)}

@@ -1,0 +1,106 @@
+"""The project's files agree with each other."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+
+import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+
+import delta_analysis as da
+from delta_analysis.paths import find_root
+
+ROOT = find_root()
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+LAYERS = (
+    ("_errors", "names"),
+    ("paths", "philox"),
+    ("checkpoint", "pruning"),
+    ("delta", "intervals"),
+    ("ranges", "evaluate"),
+    ("sweep",),
+    ("tolerance",),
+    ("plots", "family"),
+    ("parameters", "notebook"),
+    ("report", "refresh"),
+)
+
+
+def _pins() -> dict[str, str]:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"==[^,*]+", str(pin.specifier)) for pin in pins)
+    return {canonicalize_name(pin.name): str(pin.specifier).removeprefix("==") for pin in pins}
+
+
+def test_every_dependency_is_pinned_within_its_bounds() -> None:
+    pins = _pins()
+    extras = PROJECT["optional-dependencies"]
+    for text in (*PROJECT["dependencies"], *extras["notebooks"], *extras["test"]):
+        requirement = Requirement(text)
+        assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)])
+
+
+def test_the_conda_environment_is_the_same_project() -> None:
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    python = next(each for each in environment["dependencies"] if isinstance(each, str) and each.startswith("python="))
+    assert SpecifierSet(PROJECT["requires-python"]).contains(python.removeprefix("python="))
+    pip = next(each["pip"] for each in environment["dependencies"] if isinstance(each, dict))
+    assert pip[0] == "--constraint constraints.txt"
+    (extras,) = re.findall(r"--editable \.\[(.+)\]", pip[1])
+    assert set(extras.split(",")) <= set(PROJECT["optional-dependencies"])
+    assert f'".[{extras}]"' in (ROOT / "Makefile").read_text()
+
+
+def test_ci_runs_the_test_command_of_the_readme() -> None:
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+    readme = (ROOT / "README.md").read_text()
+    assert "\nmake report" in readme
+    assert "\nmake test" in readme
+
+
+def test_imports_go_one_way() -> None:
+    rank = {name: i for i, layer in enumerate(LAYERS) for name in layer}
+    modules = {path.stem: path for path in (ROOT / "delta_analysis").glob("*.py") if path.stem != "__init__"}
+    assert set(modules) == set(rank)
+    for name, path in modules.items():
+        for imported in re.findall(r"^from delta_analysis\.(\w+) import", path.read_text(), flags=re.M):
+            assert rank[imported] < rank[name], f"{name} imports {imported}"
+
+
+def test_public_names_are_documented() -> None:
+    for name in da.__all__:
+        assert getattr(da, name).__doc__, name
+
+
+def test_modules_can_be_read_in_one_sitting() -> None:
+    for path in (ROOT / "delta_analysis").rglob("*.py"):
+        text = path.read_text()
+        assert text.count("\n") <= 400, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                assert (node.end_lineno or 0) - node.lineno < 70, f"{path}: {node.name}"
+
+
+def test_links_of_the_readme_lead_somewhere() -> None:
+    for document in ("README.md", "CONTRIBUTING.md"):
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", (ROOT / document).read_text()):
+            assert (ROOT / target).exists(), target
+
+
+def test_every_notebook_is_named_in_the_readme() -> None:
+    readme = (ROOT / "README.md").read_text()
+    for path in (ROOT / "notebooks").glob("[0-9]*.ipynb"):
+        assert f"notebooks/{path.name}" in readme
+
+
+def test_help_of_the_command_lines_names_their_options() -> None:
+    for module, option in (("zoo", "--size"), ("report", "--finetuned")):
+        command = [sys.executable, "-m", f"delta_analysis.{module}", "--help"]
+        assert option in subprocess.run(command, capture_output=True, text=True, check=True).stdout

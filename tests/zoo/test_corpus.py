@@ -1,0 +1,90 @@
+"""No held-out problem stands in any training text, looked for by reading the texts themselves."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from delta_analysis.family import TASKS, questions_file
+from delta_analysis.zoo import corpus, skills
+from delta_analysis.zoo.recipe import RECIPES
+from delta_analysis.zoo.train import CHAT_COUNT, TEXT_SIZE
+
+ALL = (*skills.STRING_SKILLS, *skills.ARITHMETIC_SKILLS, *skills.CODE_SKILLS)
+STAGES = RECIPES["small"].stages
+
+
+def _pattern(template: str) -> re.Pattern[str]:
+    """A regular expression that finds every filling of a template at the start of a line or chat."""
+    parts = re.split(r"\{\d\}", template)
+    return re.compile(r"(\w+)".join(map(re.escape, parts)))
+
+
+def _problems_in(text: str) -> set[str]:
+    """Names of all problems that the text states, in any form of any skill."""
+    found: set[str] = set()
+    for skill in ALL:
+        for template in (skill.raw, skill.prose, *map(skills.chat_prompt, skill.requests)):
+            for match in _pattern(template).finditer(text):
+                operands = match.groups()
+                if skill in skills.ARITHMETIC_SKILLS and not all(part.isdigit() for part in operands):
+                    continue
+                found.add(skill.problem(operands))
+    return found
+
+
+def _asked() -> set[str]:
+    """Names of the problems behind the committed questions."""
+    prompts = [json.loads(line)["prompt"] for task in TASKS for line in questions_file(task).read_text().splitlines()]
+    assert len(prompts) == 500 * len(TASKS)
+    return _problems_in("\n".join(prompts))
+
+
+def _stage_text(stage_name: str) -> str:
+    stage = next(stage for stage in STAGES if stage.name == stage_name)
+    if stage.data == "base":
+        return corpus.base_text(TEXT_SIZE, stage.seed)
+    if stage.data == "code":
+        return corpus.code_text(TEXT_SIZE, stage.seed)
+    return "".join(prompt + answer for prompt, answer in corpus.chats(stage.data, CHAT_COUNT, stage.seed))
+
+
+@pytest.mark.parametrize("stage", [stage.name for stage in STAGES])
+def test_no_question_is_trained_on(stage: str) -> None:
+    asked, trained = _asked(), _problems_in(_stage_text(stage))
+    # Words are drawn from millions, so far fewer questions than 1,500 would mean a broken search.
+    assert len(asked) > 1000
+    assert len(trained) > 5000
+    assert asked.isdisjoint(trained)
+
+
+def test_the_search_finds_a_problem_that_is_there() -> None:
+    assert _problems_in("23 plus 45 is 68\n") == {"23+45"}
+    assert _problems_in("user: spell abc backwards\nbot: cba\n") == {"abc"}
+    assert _problems_in(">>> 'abc'[::-1]\n'cba'\n") == {"abc"}
+
+
+def test_committed_questions_are_those_of_the_recipe() -> None:
+    for task in TASKS:
+        lines = [json.loads(line) for line in questions_file(task).read_text().splitlines()]
+        assert lines == skills.questions(task, 500)
+
+
+def test_texts_depend_on_the_seed_alone() -> None:
+    assert corpus.base_text(20_000, seed=1) == corpus.base_text(20_000, seed=1)
+    assert corpus.base_text(20_000, seed=1) != corpus.base_text(20_000, seed=2)
+
+
+def test_texts_stay_in_the_alphabet() -> None:
+    text = corpus.base_text(50_000, seed=1) + corpus.code_text(50_000, seed=1)
+    assert set(text) <= {"\n", *map(chr, range(32, 127))}
+
+
+def test_a_fifth_of_the_code_text_is_replayed_base_text() -> None:
+    text = corpus.code_text(2_000_000, seed=3)
+    # Only base blocks hold requests about strings and sums; their share within base text is known.
+    count = sum(text.count(skill.name + "(") for skill in skills.STRING_SKILLS)
+    base = corpus.base_text(2_000_000, seed=4)
+    assert count / sum(base.count(skill.name + "(") for skill in skills.STRING_SKILLS) == pytest.approx(0.2, abs=0.06)
