@@ -12,10 +12,12 @@ install: $(STAMP)
 
 # The stamp is younger than the files it depends on when nothing has to be installed.
 $(STAMP): pyproject.toml constraints.txt
-	@echo "== install: Python packages into .venv (a few minutes the first time)"
+	@echo "== install 1/3: virtual environment in .venv"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@$(PIP) install --quiet --progress-bar off --constraint constraints.txt torch
-	@$(PIP) install --quiet --progress-bar off --constraint constraints.txt --editable ".[notebooks,test]"
+	@echo "== install 2/3: torch (the largest part, a minute or more)"
+	@$(PIP) install --progress-bar off --constraint constraints.txt torch
+	@echo "== install 3/3: delta_analysis with what its notebooks and tests need"
+	@$(PIP) install --progress-bar off --constraint constraints.txt --editable ".[notebooks,test]"
 	@touch $(STAMP)
 	@echo "== install: done"
 
@@ -38,5 +40,4 @@ refresh: install
 	@$(BIN)/python -m delta_analysis.refresh
 
 bench: install
-	@$(PIP) install --quiet --progress-bar off --constraint constraints.txt --editable ".[bench]"
 	@$(BIN)/python benchmarks/run.py

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ from delta_analysis.paths import zoo_model
 INDEX = "model.safetensors.index.json"
 FLOAT_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 BUFFER_DTYPES = {"I64", "BOOL"}
+FLOAT_BUFFERS = ("rotary_emb.inv_freq", "attn.masked_bias")
 
 
 class Entry(NamedTuple):
@@ -42,7 +43,7 @@ class Checkpoint(Mapping[str, torch.Tensor]):
     path : the directory or file that it is.
     entries : name -> file, shape and storage dtype, for every weight.
     skipped : name -> why a stored tensor is no weight of its own (an integer buffer, or an output
-        head tied to the embeddings, which transformers ignores too).
+        head tied to the embeddings and equal to them).
     """
 
     source: str
@@ -56,7 +57,10 @@ class Checkpoint(Mapping[str, torch.Tensor]):
             with safe_open(entry.file, framework="pt") as file:
                 return file.get_tensor(name)
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{entry.file}: tensor {name!r} cannot be read: {error}") from error
+            raise CheckpointError(
+                f"{entry.file}: tensor {name!r} cannot be read: {error}; "
+                "the file has changed since it was opened, fetch it again"
+            ) from error
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.entries)
@@ -114,14 +118,16 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
             )
         for name in header:
             if name in found:
-                raise CheckpointError(f"{file}: tensor {name!r} also stands in {found[name].file.name}")
+                raise CheckpointError(
+                    f"{file}: tensor {name!r} also stands in {found[name].file.name}; "
+                    f"remove one of the two files, or add {INDEX}"
+                )
         found.update(header)
-    if not found:
-        raise CheckpointError(f"{path}: holds no tensors; nothing to compare")
     skipped = {name: reason for name, entry in found.items() if (reason := _not_a_weight(name, entry))}
-    skipped |= _tied_heads(found.keys() - skipped.keys(), _read_config(path))
     entries = {name: found[name] for name in sorted(found, key=reading_order) if name not in skipped}
-    return Checkpoint(str(source), path, entries, skipped)
+    if not entries:
+        raise CheckpointError(f"{path}: holds no weights ({len(skipped)} buffers); nothing to compare")
+    return _without_tied_head(Checkpoint(str(source), path, entries, skipped))
 
 
 def _weight_files(path: Path) -> dict[Path, set[str] | None]:
@@ -136,17 +142,21 @@ def _weight_files(path: Path) -> dict[Path, set[str] | None]:
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{index}: has no 'weight_map'; fetch the index again")
         shards: dict[Path, set[str] | None] = {}
+        for shard in weight_map.values():
+            if not isinstance(shard, str) or shard in ("", ".."):
+                raise CheckpointError(f"{index}: shard {shard!r} is not the name of a file; fetch the index again")
+            if Path(shard).name != shard:
+                raise CheckpointError(
+                    f"{index}: shard {shard!r} lies outside the checkpoint's directory; fetch the index again"
+                )
         for shard in sorted(set(weight_map.values())):
             file = path / shard
-            if Path(shard).name != shard:
-                raise CheckpointError(f"{index}: shard {shard!r} lies outside the checkpoint's directory")
             if not file.exists():
                 raise CheckpointError(f"{file}: named in {INDEX} but absent; fetch the missing shard")
             shards[file] = {name for name, where in weight_map.items() if where == shard}
         return shards
-    files = sorted(path.glob("*.safetensors"))
-    if len(files) > 1 and (path / "model.safetensors") in files:
-        files = [path / "model.safetensors"]
+    single = path / "model.safetensors"
+    files = [single] if single.exists() else sorted(path.glob("*.safetensors"))
     if not files:
         raise CheckpointError(
             f"{path}: no .safetensors weights here; expected model.safetensors, or shards with {INDEX}"
@@ -169,6 +179,8 @@ def _read_header(file: Path) -> dict[str, Entry]:
 
 def _not_a_weight(name: str, entry: Entry) -> str | None:
     """Why the tensor is a buffer, None if it is a weight; integer weights are an error."""
+    if name.endswith(FLOAT_BUFFERS) or (name.endswith("attn.bias") and len(entry.shape) == 4):
+        return "buffer that the model computes, not a weight"
     if entry.dtype in FLOAT_DTYPES:
         return None
     if entry.dtype in BUFFER_DTYPES and not name.endswith("weight"):
@@ -179,11 +191,19 @@ def _not_a_weight(name: str, entry: Entry) -> str | None:
     )
 
 
-def _tied_heads(names: set[str], config: dict[str, Any]) -> dict[str, str]:
-    embeddings = [name for name in names if name.endswith(("embed_tokens.weight", "wte.weight"))]
-    if config.get("tie_word_embeddings") and embeddings and "lm_head.weight" in names:
-        return {"lm_head.weight": f"tied to {embeddings[0]}, counted there"}
-    return {}
+def _without_tied_head(checkpoint: Checkpoint) -> Checkpoint:
+    """Set aside an output head that is stored beside the embeddings and equal to them."""
+    head = "lm_head.weight"
+    embeddings = [name for name in checkpoint if name.endswith(("embed_tokens.weight", "wte.weight"))]
+    if not (checkpoint.config.get("tie_word_embeddings") and head in checkpoint and embeddings):
+        return checkpoint
+    # transformers keeps a stored head that differs from the embeddings, whatever the configuration says.
+    if not torch.equal(checkpoint[head], checkpoint[embeddings[0]]):
+        return checkpoint
+    entries = {name: entry for name, entry in checkpoint.entries.items() if name != head}
+    return replace(
+        checkpoint, entries=entries, skipped={**checkpoint.skipped, head: f"tied to {embeddings[0]}, counted there"}
+    )
 
 
 def _read_config(path: Path) -> dict[str, Any]:

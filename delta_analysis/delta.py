@@ -45,10 +45,7 @@ class Delta(Mapping[str, torch.Tensor]):
     edits: tuple[tuple[Pruner, int], ...] = ()
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        tensor = self.unpruned(name)
-        for pruner, seed in self.edits:
-            tensor = pruner(tensor, name=name, seed=seed)
-        return tensor
+        return self.read(name)[0]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
@@ -59,12 +56,16 @@ class Delta(Mapping[str, torch.Tensor]):
     def __contains__(self, name: object) -> bool:
         return name in self.names
 
-    def unpruned(self, name: str) -> torch.Tensor:
-        """The difference itself, before any pruning."""
+    def read(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """The delta's tensor and the base's, both float32, each side read once; the base may be zeros."""
         if name not in self.names:
             raise KeyError(name)
         finetuned = self.finetuned[name].to(torch.float32)
-        return finetuned if self.base is None else finetuned - self.base[name].to(torch.float32)
+        base = torch.zeros_like(finetuned) if self.base is None else self.base[name].to(torch.float32)
+        tensor = finetuned - base
+        for pruner, seed in self.edits:
+            tensor = pruner(tensor, name=name, seed=seed)
+        return tensor, base
 
     def pruned(self, pruner: Pruner, *, seed: int) -> Delta:
         """The same delta with `pruner` applied to each tensor as it is read.
@@ -83,14 +84,15 @@ class Delta(Mapping[str, torch.Tensor]):
         Columns: `tensor`; `numel`; `zero_before`, the share of entries that were zero before;
         `achieved_drop_rate`, the share of the other entries that are zero now (0 if there are none).
         """
-        return pd.DataFrame([drop_summary(name, self.unpruned(name), self[name]) for name in self])
+        unpruned = replace(self, edits=())
+        return pd.DataFrame([drop_summary(name, unpruned[name], self[name]) for name in self])
 
     def coverage(self) -> pd.DataFrame:
         """What is compared and what is not, one row a tensor name on either side.
 
         Columns: `tensor`; `status`, which is `compared`, `only in base`, `only in finetuned`,
         `shape differs` or `skipped`; `reason`; `base_shape`, `finetuned_shape`, `base_dtype`,
-        `finetuned_dtype`, empty where a side lacks the tensor; `numel`, of the fine-tuned side
+        `finetuned_dtype`, empty where a side lacks it as a weight; `numel`, of the fine-tuned side
         where it has one.
         """
         return _coverage(self.base, self.finetuned)
@@ -162,9 +164,9 @@ def _coverage(base: Checkpoint | None, finetuned: Checkpoint) -> pd.DataFrame:
 
 
 def _status(name: str, base: Checkpoint | None, finetuned: Checkpoint) -> tuple[str, str]:
-    for side in (base, finetuned):
-        if side is not None and name in side.skipped:
-            return "skipped", side.skipped[name]
+    sides = [side for side in (base, finetuned) if side is not None]
+    if not any(name in side for side in sides):
+        return "skipped", next(side.skipped[name] for side in sides if name in side.skipped)
     if base is None:
         return COMPARED, "difference from zero"
     if name not in finetuned:
@@ -178,7 +180,7 @@ def _status(name: str, base: Checkpoint | None, finetuned: Checkpoint) -> tuple[
 def drop_summary(name: str, before: torch.Tensor, after: torch.Tensor) -> dict[str, object]:
     """One row of `Delta.summary`."""
     nonzero = int(torch.count_nonzero(before))
-    left = int(torch.count_nonzero(after))
+    left = int(torch.count_nonzero(after[before != 0]))
     numel = before.numel()
     return {
         "tensor": name,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +14,14 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    StoppingCriteriaList,
 )
+from transformers.utils import logging
 
 from delta_analysis.checkpoint import Checkpoint
+from delta_analysis.generation import answer_texts
 
 
 @dataclass(frozen=True)
@@ -39,10 +41,13 @@ def load_questions(path: str | Path, count: int | None = None) -> list[Question]
         A line that is no such object, or fewer questions than asked for.
     """
     questions = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n"), start=1):
         try:
             fields = json.loads(line)
-            questions.append(Question(fields["prompt"], fields["answer"]))
+            question = Question(fields["prompt"], fields["answer"])
+            if not (isinstance(question.prompt, str) and isinstance(question.answer, str)):
+                raise TypeError("prompt and answer must be text")
+            questions.append(question)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f'{path}, line {number}: expected {{"prompt": …, "answer": …}}, got {line[:80]!r}'
@@ -54,9 +59,17 @@ def load_questions(path: str | Path, count: int | None = None) -> list[Question]
 
 def load_model(checkpoint: Checkpoint, device: str = "cpu") -> PreTrainedModel:
     """The model of a checkpoint directory in float32, for evaluation; never runs remote code."""
-    model = AutoModelForCausalLM.from_pretrained(
-        checkpoint.path, dtype=torch.float32, local_files_only=True, trust_remote_code=False
-    )
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            checkpoint.path, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+        )
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+    # Greedy means greedy: a checkpoint's penalties and sampling settings would change the answers.
+    model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
     return model.to(torch.device(device)).eval()  # type: ignore[arg-type]
 
 
@@ -97,7 +110,8 @@ def patched(model: PreTrainedModel, weights: Mapping[str, torch.Tensor]) -> Iter
         yield model
     finally:
         with torch.no_grad():
-            for name, weight in saved.items():
+            # In reverse, since a tied weight may have been saved twice, the second time already patched.
+            for name, weight in reversed(saved.items()):
                 parameters[name].copy_(weight)
 
 
@@ -118,22 +132,25 @@ def _matching(parameters: dict[str, torch.nn.Parameter], name: str, weight: torc
 class ExactMatch:
     """Accuracy: which questions the model answers exactly, by greedy generation.
 
-    An answer is right when the generated text up to its first newline equals the question's answer
-    up to its newline. Prompts go to the tokenizer as they are, without special tokens. A batch
-    stops when each of its answers is finished or can no longer become right, and at the latest two
-    tokens after the longest answer.
+    An answer is right when the generated text, up to its first newline or end-of-sequence token,
+    equals the question's answer up to its newline. Prompts go to the tokenizer as they are, without
+    special tokens. Generation goes on for as long as the answer can still become right.
 
     Calling it on `(model, tokenizer)` gives one 0 or 1 a question, in their order.
     """
 
     questions: tuple[Question, ...]
-    batch_size: int = 50
+    batch_size: int = 20
     metric: ClassVar[str] = "accuracy"
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1; not {self.batch_size}")
 
     def __call__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
         right = np.zeros(len(self.questions))
-        # Alike in length, so that little is padded and no short answer waits for a long one.
-        order = sorted(range(len(right)), key=lambda i: (len(self.questions[i].answer), len(self.questions[i].prompt)))
+        # Alike in length, so that little is padded.
+        order = sorted(range(len(right)), key=lambda i: len(self.questions[i].prompt + self.questions[i].answer))
         for start in range(0, len(order), self.batch_size):
             batch = order[start : start + self.batch_size]
             answers = [_first_line(self.questions[i].answer) for i in batch]
@@ -171,37 +188,13 @@ class TextPerplexity:
         losses, scored = [], 1
         with torch.inference_mode():
             while scored < length:
-                stop = min(max(scored - 1 + self.stride, self.window), length)
+                stop = min(max(scored + self.stride, self.window), length)
                 part = ids[:, max(0, stop - self.window) : stop]
                 fresh = stop - scored
                 logits = model(input_ids=part, use_cache=False).logits[0, -fresh - 1 : -1]
                 losses.append(torch.nn.functional.cross_entropy(logits.double(), part[0, -fresh:], reduction="none"))
                 scored = stop
         return torch.cat(losses).cpu().numpy()
-
-
-def answer_texts(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], answers: Sequence[str]
-) -> list[str]:
-    """The greedy continuation of each prompt, as one batch, for as long as it may become its answer."""
-    inputs = tokenizer(list(prompts), add_special_tokens=False, padding=True, return_tensors="pt").to(model.device)
-    width = inputs["input_ids"].shape[1]
-    longest = max(len(ids) for ids in tokenizer(list(answers), add_special_tokens=False)["input_ids"])
-
-    def decided(tokens: torch.Tensor, _scores: object, **_: object) -> torch.Tensor:
-        texts = tokenizer.batch_decode(tokens[:, width:])
-        over = ["\n" in text or not answer.startswith(text) for text, answer in zip(texts, answers, strict=True)]
-        return torch.tensor(over, device=tokens.device)
-
-    with torch.inference_mode():
-        tokens = model.generate(  # type: ignore[operator]
-            **inputs,
-            max_new_tokens=longest + 2,
-            do_sample=False,
-            pad_token_id=tokenizer.pad_token_id,
-            stopping_criteria=StoppingCriteriaList([decided]),
-        )
-    return tokenizer.batch_decode(tokens[:, width:])
 
 
 def _first_line(text: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -27,7 +27,7 @@ class Metric:
 
 METRICS = {
     "accuracy": Metric("accuracy", lambda mean: mean, lambda mean, untouched: mean / np.maximum(untouched, 1e-12)),
-    "perplexity": Metric("perplexity", np.exp, lambda mean, untouched: np.exp(untouched - mean)),
+    "perplexity": Metric("perplexity", np.exp, lambda mean, untouched: np.nan_to_num(np.exp(untouched - mean))),
 }
 """Items of accuracy are right or wrong answers; items of perplexity are losses of tokens, and what
 is kept of it is the (geometric mean) probability of a token."""
@@ -42,22 +42,25 @@ class Interval(NamedTuple):
 
 
 class Resamples(NamedTuple):
-    """How often each seed and each item is drawn, a bootstrap sample a row; rows sum to 1."""
+    """How often each seed and each item is drawn, a bootstrap sample a row; whole numbers.
+
+    So that sums of right answers are exact, and an accuracy of 1 is 1 in every sample.
+    """
 
     seeds: np.ndarray
     items: np.ndarray
 
 
-@cache
+@lru_cache(maxsize=2)
 def two_way_resamples(n_seeds: int, n_items: int, *, count: int = RESAMPLES) -> Resamples:
     """Bootstrap weights that resample seeds and items independently of each other.
 
     The same weights used on several outcomes of the same seeds and items keep them paired.
     """
     rng = np.random.default_rng([n_seeds, n_items, count])
-    seeds = rng.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), size=count) / n_seeds
-    items = rng.multinomial(n_items, np.full(n_items, 1 / n_items), size=count) / n_items
-    return Resamples(seeds, items)
+    seeds = rng.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), size=count)
+    items = rng.multinomial(n_items, np.full(n_items, 1 / n_items), size=count)
+    return Resamples(seeds.astype(np.float64), items.astype(np.float64))
 
 
 def resampled_means(outcomes: np.ndarray, resamples: Resamples) -> np.ndarray:
@@ -65,10 +68,11 @@ def resampled_means(outcomes: np.ndarray, resamples: Resamples) -> np.ndarray:
 
     `outcomes` is (seeds, items); a single row is an outcome that no seed changes.
     """
+    n_seeds, n_items = outcomes.shape
     by_seed = resamples.items @ outcomes.T.astype(np.float64)
-    if outcomes.shape[0] == 1:
-        return by_seed[:, 0]
-    return np.einsum("bs,bs->b", by_seed, resamples.seeds)
+    if n_seeds == 1:
+        return by_seed[:, 0] / n_items
+    return np.einsum("bs,bs->b", by_seed, resamples.seeds) / (n_seeds * n_items)
 
 
 def percentile_interval(value: float, samples: np.ndarray) -> Interval:
@@ -90,4 +94,6 @@ def metric_interval(metric: Metric, outcomes: np.ndarray) -> Interval:
     Interval(value=1.0, low=1.0, high=1.0)
     """
     samples = resampled_means(outcomes, two_way_resamples(*outcomes.shape))
-    return percentile_interval(float(metric.value(outcomes.mean())), metric.value(samples))
+    ends = percentile_interval(outcomes.mean(), samples)
+    with np.errstate(over="ignore"):
+        return Interval(*metric.value(np.array(ends)).tolist())

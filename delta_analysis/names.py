@@ -36,16 +36,18 @@ def parse_name(name: str, ndim: int) -> TensorName:
     TensorName(layer=-1, module='embed_tokens', kind='embedding')
     """
     parts = name.removesuffix(".weight").split(".")
-    numbers = [i for i, part in enumerate(parts) if part.isdigit()]
+    numbers = [i for i, part in enumerate(parts) if part.isdecimal()]
     layer = int(parts[numbers[0]]) if numbers else NO_LAYER
     inside = parts[numbers[0] + 1 :] if numbers else parts[-2:] if parts[-1] == "bias" else parts[-1:]
-    module = ".".join("*" if part.isdigit() else part for part in inside) or name
+    module = ".".join("*" if part.isdecimal() else part for part in inside) or name
     return TensorName(layer, module, _kind(module, ndim))
 
 
 def _kind(module: str, ndim: int) -> Kind:
     if ndim >= 2:
-        return "embedding" if "embed" in module.lower() or module in ("wte", "wpe") else "linear"
+        # GPT-NeoX calls its output head embed_out.
+        embeds = "embed" in module.lower() and module != "embed_out"
+        return "embedding" if embeds or module in ("wte", "wpe") else "linear"
     return "bias" if module.endswith("bias") else "norm"
 
 

@@ -37,6 +37,23 @@ def percent(share: float, digits: int = 0) -> str:
     return f"{100 * share:.{digits}f}%"
 
 
+def percent_range(shares: pd.Series, digits: int = 0) -> str:
+    """The least and the greatest of some shares, once if they read the same.
+
+    Examples
+    --------
+    >>> percent_range(pd.Series([0.5, 0.25])), percent_range(pd.Series([0.5]))
+    ('25% to 50%', '50%')
+    """
+    ends = percent(shares.min(), digits), percent(shares.max(), digits)
+    return ends[0] if ends[0] == ends[1] else f"{ends[0]} to {ends[1]}"
+
+
+def table(frame: pd.DataFrame, digits: int = 2) -> pd.DataFrame:
+    """A table for reading: rounded, its axes without names of their own."""
+    return frame.round(digits).rename_axis(index=None, columns=None)
+
+
 def drop_rate_text(p: float) -> str:
     """A drop rate with as many digits as tell it from 1.
 

@@ -23,7 +23,7 @@ from delta_analysis.family import (
     questions_file,
     sample_text_file,
 )
-from delta_analysis.paths import resolve
+from delta_analysis.paths import find_input, resolve
 from delta_analysis.sweep import Evaluation, Pair
 
 Rates = str | float | Sequence[float]
@@ -45,7 +45,7 @@ class ValueRangesParameters:
     out_dir: str
 
     def __post_init__(self) -> None:
-        check_pair(self.base, self.finetuned)
+        _resolve_pair(self)
         check_out_dir(self.out_dir)
 
     @property
@@ -77,7 +77,7 @@ class DareAblationParameters:
     out_dir: str
 
     def __post_init__(self) -> None:
-        check_pair(self.base, self.finetuned)
+        _resolve_pair(self)
         object.__setattr__(self, "drop_rates", parse_drop_rates(self.drop_rates))
         check_integer("first_seed", self.first_seed, low=0)
         check_integer("n_seeds", self.n_seeds, low=2)
@@ -113,11 +113,20 @@ class DareAblationParameters:
         ]
 
 
+def _resolve_pair(parameters: ValueRangesParameters | DareAblationParameters) -> None:
+    """Put full paths in place of relative ones, and check that the two can be compared."""
+    for parameter in ("base", "finetuned"):
+        value = getattr(parameters, parameter)
+        if not isinstance(value, str):
+            raise ParameterError(parameter, f"must be a path or zoo:<size>/<name>, or empty; not {value!r}")
+        if value and not value.startswith("zoo:") and find_input(value).exists():
+            object.__setattr__(parameters, parameter, str(find_input(value)))
+    check_pair(parameters.base, parameters.finetuned)
+
+
 def check_pair(base: str, finetuned: str) -> None:
     """Both empty, or two checkpoints that can be opened and compared."""
     for parameter, value, other in (("base", base, "finetuned"), ("finetuned", finetuned, "base")):
-        if not isinstance(value, str):
-            raise ParameterError(parameter, f"must be a path or zoo:<size>/<name>, or empty; not {value!r}")
         if not value and (finetuned or base):
             raise ParameterError(parameter, f"is empty while {other} is not; give both, or neither (embedded family)")
         if value:
@@ -176,7 +185,7 @@ def choose_evaluation(evaluation: str, n_questions: int) -> Evaluation:
     """The evaluation that a task name or a file stands for; the sample text if it is empty."""
     if evaluation in TASKS:
         return _questions(questions_file(evaluation), n_questions)
-    path = resolve(evaluation) if evaluation else sample_text_file()
+    path = find_input(evaluation) if evaluation else sample_text_file()
     if not path.is_file():
         raise ParameterError(
             "evaluation",

@@ -20,9 +20,15 @@ def find_root() -> Path:
 
 
 def resolve(path: str | Path) -> Path:
-    """A path as given if absolute, else relative to the repository, wherever the kernel runs."""
+    """A path to write: as given if absolute, else relative to the repository, wherever the kernel runs."""
     given = Path(path).expanduser()
     return given if given.is_absolute() else find_root() / given
+
+
+def find_input(path: str | Path) -> Path:
+    """A path to read: from the working directory if it is there, else relative to the repository."""
+    given = Path(path).expanduser()
+    return given.resolve() if given.exists() else resolve(given)
 
 
 def zoo_names() -> list[str]:

@@ -10,7 +10,10 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
-from matplotlib.ticker import PercentFormatter
+from matplotlib.axis import Axis
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
+from matplotlib.transforms import ScaledTranslation
 
 from delta_analysis.names import NO_LAYER
 from delta_analysis.ranges import MAGNITUDE_QUANTILES, THRESHOLDS
@@ -62,15 +65,15 @@ def magnitude_quantiles(ranges: pd.DataFrame, *, ax: Axes | None = None) -> Axes
     for threshold in THRESHOLDS[2:]:
         ax.axvline(threshold, color=GREY, lw=0.8, ls=":", zorder=1)
         ax.text(threshold, len(ranges) - 0.45, f"{threshold:g}", color=GREY, ha="center", va="bottom", size="x-small")
-    handles = [
-        plt.Line2D([], [], color=GREY, ls="", marker=marker, ms=6, label=labels[column])
-        for column, marker in markers.items()
-    ]
-    ax.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=len(handles))
     ax.set(xscale="log", yticks=places, xlabel="|δ| (dotted: the papers' reference values)", ylabel="")
     ax.set_yticklabels(ranges["pair"])
     ax.set_ylim(-0.6, len(ranges) - 0.5)
-    return ax
+    _plain_log_axis(ax.xaxis)
+    handles = [
+        Line2D([], [], color=GREY, ls="", marker=marker, ms=6, label=labels[column])
+        for column, marker in markers.items()
+    ]
+    return _legend_below(ax, columns=len(handles), handles=handles)
 
 
 def magnitude_histograms(histograms: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
@@ -108,11 +111,11 @@ def layer_heatmap(ranges: pd.DataFrame, *, value: str = "abs_p50", ax: Axes | No
         ax=ax,
         cmap="viridis",
         norm=mpl.colors.LogNorm(positive.min(), positive.max()) if positive.size else None,
-        annot=len(table.columns) <= 8,
-        fmt=".1e",
+        annot=table * 1000 if len(table.columns) <= 8 else None,
+        fmt=".3g",
         annot_kws={"size": 7},
         linewidths=0.5,
-        cbar_kws={"label": _STATISTICS.get(value, value)},
+        cbar_kws={"label": f"{_STATISTICS.get(value, value)} (in the cells: thousandths)"},
     )
     ax.set(xlabel="layer", ylabel="")
     ax.tick_params(axis="both", length=0)
@@ -154,6 +157,7 @@ def trail_growth(trail: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         ax.axhline(threshold, color=GREY, lw=0.8, ls=":", zorder=1)
         ax.text(trail["step"].iloc[0], threshold, f"{threshold:g}", color=GREY, va="bottom", size="x-small")
     ax.set(xscale="log", yscale="log", xlabel="steps of continual pre-training", ylabel="|δ| against the base")
+    _plain_log_axis(ax.xaxis)
     return ax
 
 
@@ -197,6 +201,15 @@ def mark_tolerated(tolerance: pd.Series, *, ax: Axes) -> Axes:
     return ax
 
 
-def _legend_below(ax: Axes, *, columns: int) -> Axes:
-    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=columns)
+def _legend_below(ax: Axes, *, columns: int, handles: list[Line2D] | None = None) -> Axes:
+    """The legend under the axis label, at a distance in points whatever the axes' height."""
+    below = ax.transAxes + ScaledTranslation(0, -42 / 72, ax.figure.dpi_scale_trans)
+    ax.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0), bbox_transform=below, ncols=columns)
     return ax
+
+
+def _plain_log_axis(axis: Axis) -> None:
+    """Ticks at 1, 2 and 5 times the powers of ten, written as plain numbers."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())

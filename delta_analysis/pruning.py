@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 
@@ -27,7 +28,7 @@ class Dare:
 
     Parameters
     ----------
-    drop_rate : p, in [0, 1]; 0 changes nothing, 1 gives zeros.
+    drop_rate : p, in [0, 1]; 0 changes nothing (up to float32), 1 gives zeros.
     rescale : `"inverse_keep"`, the factor 1/(1-p); `"none"`, drop only; or the factor itself, a
         finite number ≥ 1 (the 1/q of DAREx).
 
@@ -80,16 +81,16 @@ def rescale_factor(rescale: Rescale, drop_rate: float) -> float:
 
 def check_drop_rate(drop_rate: float) -> None:
     """Raise unless the drop rate is a number in [0, 1]."""
-    if not isinstance(drop_rate, int | float) or not 0 <= drop_rate <= 1:
+    if not isinstance(drop_rate, Real) or isinstance(drop_rate, bool) or not 0 <= drop_rate <= 1:
         raise ValueError(f"drop_rate must be a number in [0, 1], the share of entries set to zero; not {drop_rate!r}")
 
 
 def check_rescale(rescale: Rescale) -> None:
     """Raise unless the rescale is a known name or a factor of at least 1."""
-    if isinstance(rescale, str):
-        if rescale not in RESCALES:
-            raise ValueError(one_of("rescale", rescale, RESCALES) + ", nor a factor of at least 1")
+    if isinstance(rescale, str) and rescale in RESCALES:
         return
+    if not isinstance(rescale, Real) or isinstance(rescale, bool):
+        raise ValueError(one_of("rescale", rescale, RESCALES) + ", nor a factor of at least 1")
     if not math.isfinite(rescale) or rescale < 1:
         hint = f"; was q meant? Its factor is 1/q = {1 / rescale:g}" if 0 < rescale < 1 else ""
         raise ValueError(f"rescale as a number is the factor itself and must be at least 1; not {rescale!r}{hint}")

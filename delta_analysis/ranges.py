@@ -35,13 +35,14 @@ BUCKETS = 2**16
 _SIGN = BUCKETS // 2
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Tally:
     """Counts, sums and a histogram of the entries of one or many tensors.
 
     Entries that are NaN or infinite are counted in `nonfinite` and left out of all the rest.
-    `histogram[b]` counts the entries whose float32 bits begin with b; `below[i]` counts
-    |δ| < THRESHOLDS[i]; `base_square_sum` is Σ base² over the same entries (NaN without a base).
+    `centred_sum` is Σ (δ - mean)²; `base_square_sum` is Σ base² over the same entries (0 without a
+    base); `below[i]` counts |δ| < THRESHOLDS[i]; `histogram[b]` counts the entries whose float32
+    bits begin with b.
     """
 
     numel: int
@@ -49,21 +50,25 @@ class Tally:
     zeros: int
     low: float
     high: float
-    total: float
-    square_sum: float
+    mean: float
+    centred_sum: float
     base_square_sum: float
     below: np.ndarray
     histogram: np.ndarray
 
     def __add__(self, other: Tally) -> Tally:
+        # Means and centred sums are merged after Chan, Golub and LeVeque (1983): sums of squares
+        # would lose the spread of weights that lie close around 1.
+        finite = max(self.finite + other.finite, 1)
+        step = other.mean - self.mean
         return Tally(
             self.numel + other.numel,
             self.nonfinite + other.nonfinite,
             self.zeros + other.zeros,
             min(self.low, other.low),
             max(self.high, other.high),
-            self.total + other.total,
-            self.square_sum + other.square_sum,
+            self.mean + step * (other.finite / finite),
+            self.centred_sum + other.centred_sum + step * step * (self.finite * other.finite / finite),
             self.base_square_sum + other.base_square_sum,
             self.below + other.below,
             self.histogram + other.histogram,
@@ -90,8 +95,8 @@ class Tally:
     def row(self) -> dict[str, float]:
         """The statistics of `value_ranges`, NaN where there is no finite entry."""
         n = self.finite or np.nan
-        mean = self.total / n
-        square = self.square_sum / n
+        variance = self.centred_sum / n
+        square = variance + self.mean * self.mean
         base_square = self.base_square_sum / n
         return {
             "numel": self.numel,
@@ -100,8 +105,8 @@ class Tally:
             "min": self.low if self.finite else np.nan,
             **{f"p{decile}": self.quantile(decile / 100) for decile in DECILES},
             "max": self.high if self.finite else np.nan,
-            "mean": mean,
-            "std": float(np.sqrt(max(square - mean * mean, 0.0))) if self.finite else np.nan,
+            "mean": self.mean if self.finite else np.nan,
+            "std": float(np.sqrt(variance)),
             "rms": float(np.sqrt(square)),
             **{key: self.magnitude_quantile(q) for key, q in MAGNITUDE_QUANTILES.items()},
             "abs_max": self.magnitude_max if self.finite else np.nan,
@@ -129,11 +134,11 @@ def _rank_value(counts: np.ndarray, values: np.ndarray, q: float, low: float, hi
 
 
 @numba.njit(cache=True, nogil=True)
-def _tally_block(values, thresholds, below, histogram):  # type: ignore[no-untyped-def]
-    """Add a block to `below` and `histogram`; return its nonfinite, zeros, low, high, Σ and Σ²."""
+def _tally_block(values, base, thresholds, below, histogram):  # type: ignore[no-untyped-def]
+    """Fill `below` and `histogram`; return nonfinite, zeros, low, high, mean, Σ (δ - mean)², Σ base²."""
     bits = values.view(np.uint32)
     nonfinite, zeros = 0, 0
-    low, high, total, square_sum = np.inf, -np.inf, 0.0, 0.0
+    low, high, total, base_square_sum = np.inf, -np.inf, 0.0, 0.0
     for i in range(len(values)):
         value = np.float64(values[i])
         if not np.isfinite(value):
@@ -143,56 +148,45 @@ def _tally_block(values, thresholds, below, histogram):  # type: ignore[no-untyp
         low = min(low, value)
         high = max(high, value)
         total += value
-        square_sum += value * value
+        base_square_sum += np.float64(base[i]) * np.float64(base[i])
         histogram[bits[i] >> 16] += 1
         for t in range(len(thresholds)):
             below[t] += abs(value) < thresholds[t]
-    return nonfinite, zeros, low, high, total, square_sum
-
-
-@numba.njit(cache=True, nogil=True)
-def _square_sum(values, mask):  # type: ignore[no-untyped-def]
-    total = 0.0
+    mean = total / max(len(values) - nonfinite, 1)
+    centred_sum = 0.0
     for i in range(len(values)):
-        if np.isfinite(mask[i]):
-            total += np.float64(values[i]) * np.float64(values[i])
-    return total
+        if np.isfinite(values[i]):
+            distance = np.float64(values[i]) - mean
+            centred_sum += distance * distance
+    return nonfinite, zeros, low, high, mean, centred_sum, base_square_sum
 
 
 def tally(delta: torch.Tensor, base: torch.Tensor | None = None) -> Tally:
     """Tally a tensor of any shape, with the base tensor it was subtracted from, if any."""
     values = delta.detach().to(torch.float32).reshape(-1).numpy()
-    base_values = base.detach().to(torch.float32).reshape(-1).numpy() if base is not None else None
+    base_values = np.zeros_like(values) if base is None else base.detach().to(torch.float32).reshape(-1).numpy()
+    return reduce(
+        Tally.__add__,
+        (
+            _tally_slice(values[start : start + GRID], base_values[start : start + GRID])
+            for start in range(0, max(len(values), 1), GRID)
+        ),
+    )
+
+
+def _tally_slice(values: np.ndarray, base: np.ndarray) -> Tally:
     below = np.zeros(len(THRESHOLDS), dtype=np.int64)
     histogram = np.zeros(BUCKETS, dtype=np.int64)
-    thresholds = np.array(THRESHOLDS)
-    nonfinite, zeros, low, high, total, square_sum, base_square_sum = 0, 0, np.inf, -np.inf, 0.0, 0.0, 0.0
-    for start in range(0, len(values), GRID):
-        block = values[start : start + GRID]
-        part = _tally_block(block, thresholds, below, histogram)
-        nonfinite, zeros = nonfinite + part[0], zeros + part[1]
-        low, high = min(low, part[2]), max(high, part[3])
-        total, square_sum = total + part[4], square_sum + part[5]
-        if base_values is not None:
-            base_square_sum += _square_sum(base_values[start : start + GRID], block)
-    return Tally(
-        len(values),
-        nonfinite,
-        zeros,
-        low,
-        high,
-        total,
-        square_sum,
-        base_square_sum if base is not None else np.nan,
-        below,
-        histogram,
-    )
+    nonfinite, zeros, low, high, *sums = _tally_block(values, base, np.array(THRESHOLDS), below, histogram)
+    mean, centred_sum, base_square_sum = sums
+    return Tally(len(values), nonfinite, zeros, low, high, mean, centred_sum, base_square_sum, below, histogram)
 
 
 def tally_tensors(delta: Delta) -> Iterator[tuple[str, tuple[int, ...], Tally]]:
     """Name, shape and tally of each tensor of a delta, in one pass."""
-    for name, tensor in delta.items():
-        result = tally(tensor, delta.base[name] if delta.base is not None else None)
+    for name in delta:
+        tensor, base = delta.read(name)
+        result = tally(tensor, base)
         if result.nonfinite:
             warnings.warn(
                 f"{delta.finetuned.source}: tensor {name!r} has {result.nonfinite} NaN or infinite entries of "
@@ -277,6 +271,8 @@ def magnitude_histogram(delta: Delta, *, bins_per_decade: int = 10) -> pd.DataFr
     >>> bool(histogram["share"].sum() <= 1)
     True
     """
+    if bins_per_decade < 1:
+        raise ValueError(f"bins_per_decade must be at least 1; not {bins_per_decade!r}")
     whole = reduce(Tally.__add__, (result for _, _, result in tally_tensors(delta)))
     counts = (whole.histogram[:_SIGN] + whole.histogram[_SIGN:]).astype(np.float64)
     counts[0] = 0

@@ -57,8 +57,12 @@ def main() -> None:
     parser.add_argument("--evaluation", default="", help="a task, a .jsonl file of questions or a text file")
     parser.add_argument("--out", type=Path, default=find_root() / "reports")
     arguments = parser.parse_args()
-    given = {"base": arguments.base, "finetuned": arguments.finetuned, "evaluation": arguments.evaluation}
-    index = build_report({name: value for name, value in given.items() if value}, arguments.out.resolve())
+    # The notebooks run in their own folder, so paths are made absolute here.
+    given = {name: getattr(arguments, name) for name in ("base", "finetuned", "evaluation")}
+    given = {
+        name: str(Path(value).resolve()) if Path(value).exists() else value for name, value in given.items() if value
+    }
+    index = build_report(given, arguments.out.resolve())
     print(f"\nReport: {index}")
 
 

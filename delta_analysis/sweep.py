@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Protocol
+from threading import Lock
+from typing import Protocol, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -17,6 +19,9 @@ from delta_analysis.delta import load_delta
 from delta_analysis.evaluate import load_model, load_tokenizer, patched
 from delta_analysis.intervals import METRICS, metric_interval
 from delta_analysis.pruning import Dare
+
+Result = TypeVar("Result")
+_LOADING = Lock()
 
 
 class Evaluation(Protocol):
@@ -58,12 +63,13 @@ class EditableModel:
     @classmethod
     def load(cls, pair: Pair, device: str = "cpu") -> EditableModel:
         lazy = load_delta(base=pair.base, finetuned=pair.finetuned)
-        delta = dict(lazy)
-        base = {
-            name: torch.zeros_like(tensor) if lazy.base is None else lazy.base[name].to(torch.float32)
-            for name, tensor in delta.items()
-        }
-        return cls(pair, load_model(lazy.finetuned, device), load_tokenizer(lazy.finetuned), base, delta)
+        tensors = {name: lazy.read(name) for name in lazy}
+        delta = {name: tensor for name, (tensor, _) in tensors.items()}
+        base = {name: tensor for name, (_, tensor) in tensors.items()}
+        # transformers builds models under a global device context, so one thread at a time.
+        with _LOADING:
+            model = load_model(lazy.finetuned, device)
+        return cls(pair, model, load_tokenizer(lazy.finetuned), base, delta)
 
     def judge(self, pruner: Dare, seed: int) -> dict[str, object]:
         """One cell of a sweep: prune, patch the model, evaluate, restore the model."""
@@ -91,7 +97,21 @@ class EditableModel:
         }
 
 
-def sweep(pairs: Sequence[Pair], pruners: Sequence[Dare], seeds: Sequence[int], *, device: str = "cpu") -> pd.DataFrame:
+def for_each_pair(work: Callable[[Pair], Result], pairs: Sequence[Pair], workers: int) -> list[Result]:
+    """The work on each pair, in their order; with several workers side by side, one core each.
+
+    The matrices of a small model do not fill several cores, so pairs in parallel are faster; each
+    worker holds a model of its own.
+    """
+    if workers == 1:
+        return [work(pair) for pair in pairs]
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        return list(pool.map(work, pairs))
+
+
+def sweep(
+    pairs: Sequence[Pair], pruners: Sequence[Dare], seeds: Sequence[int], *, device: str = "cpu", workers: int = 1
+) -> pd.DataFrame:
     """Judge every pair under every pruner and seed.
 
     At drop rates 0 and 1 no random number matters, so those cells run once, under the first seed.
@@ -104,6 +124,7 @@ def sweep(pairs: Sequence[Pair], pruners: Sequence[Dare], seeds: Sequence[int], 
     pruners : such as `[Dare(0.5), Dare(0.9)]`.
     seeds : one mask for each; masks are nested across drop rates and shared by rescale variants.
     device : where the model runs.
+    workers : how many pairs are judged at a time, each with a model in memory and one core.
 
     Returns
     -------
@@ -112,15 +133,17 @@ def sweep(pairs: Sequence[Pair], pruners: Sequence[Dare], seeds: Sequence[int], 
     `seconds`; `outcomes`, one for each item.
     """
     plan = [(pruner, seed) for pruner in pruners for seed in (seeds if 0 < pruner.drop_rate < 1 else list(seeds)[:1])]
-    rows = []
     with tqdm(total=len(plan) * len(pairs), unit="cell", disable=None) as progress:
-        for pair in pairs:
+
+        def judge_all(pair: Pair) -> list[dict[str, object]]:
             editable = EditableModel.load(pair, device)
+            rows = []
             for pruner, seed in plan:
-                progress.set_description(f"{pair.name} {pruner.method} {pruner.drop_rate:g}")
                 rows.append(editable.judge(pruner, seed))
                 progress.update()
-    return pd.DataFrame(rows)
+            return rows
+
+        return pd.DataFrame([row for rows in for_each_pair(judge_all, pairs, workers) for row in rows])
 
 
 def outcome_matrix(cells: pd.DataFrame) -> np.ndarray:

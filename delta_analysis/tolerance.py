@@ -18,12 +18,12 @@ from delta_analysis.intervals import (
     two_way_resamples,
 )
 from delta_analysis.pruning import Dare
-from delta_analysis.sweep import EditableModel, Pair, outcome_matrix
+from delta_analysis.sweep import EditableModel, Pair, for_each_pair, outcome_matrix
 
 KEPT_SHARE = 0.95
 """A drop rate is tolerated while the model keeps this share of the untouched model's metric."""
 LOWEST, HIGHEST = 0.001, 0.999
-RESOLUTION = 0.2
+RESOLUTION = 0.25
 """Bisection stops when the bracket is this narrow on the scale log(p / (1 - p))."""
 
 
@@ -37,7 +37,13 @@ def inverse_logit(x: float) -> float:
 
 
 def measure_tolerance(
-    pairs: Sequence[Pair], pruner: Dare, seeds: Sequence[int], cells: pd.DataFrame, *, device: str = "cpu"
+    pairs: Sequence[Pair],
+    pruner: Dare,
+    seeds: Sequence[int],
+    cells: pd.DataFrame,
+    *,
+    device: str = "cpu",
+    workers: int = 1,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The largest drop rate that keeps 95% of the untouched model's metric, by pair.
 
@@ -46,44 +52,60 @@ def measure_tolerance(
 
     Parameters
     ----------
-    pairs, seeds, device : those of the sweep.
+    pairs, seeds, device, workers : as in the sweep.
     pruner : the method to bisect on; its own drop rate is replaced.
     cells : rows of `sweep` for these pairs, drop rate 0 among them.
 
     Returns
     -------
     tolerances : one row a pair; `pair`; `tolerated, low, high`, drop rates with a 95% interval over
-        seeds and items, limited to [0.001, 0.999]; `untouched`, the metric at drop rate 0.
+        seeds and items, limited to [0.001, 0.999]; `untouched`, the metric at drop rate 0. Where
+        masks differ much more than items do, few seeds give an interval that is too narrow.
     refined : the cells that the bisection added, in the columns of `sweep`.
+
+    Raises
+    ------
+    ValueError
+        Seeds other than the sweep's, or no cell of an untouched model that answers something.
     """
-    rows, refined = [], []
-    for pair in pairs:
-        known = cells[(cells["pair"] == pair.name) & (cells["method"] == pruner.method)]
-        outcomes = {p: outcome_matrix(known[known["drop_rate"] == p]) for p in set(known["drop_rate"].tolist())}
+
+    def bisect(pair: Pair) -> tuple[dict[str, object], list[dict[str, object]]]:
         metric = METRICS[pair.evaluation.metric]
+        known = known_cells(cells, pair, pruner, seeds)
+        outcomes = {p: outcome_matrix(known[known["drop_rate"] == p]) for p in set(known["drop_rate"].tolist())}
+        added: list[dict[str, object]] = []
         editable = None
         while (rate := next_rate(metric, outcomes)) is not None:
             editable = editable or EditableModel.load(pair, device)
-            added = pd.DataFrame([editable.judge(replace(pruner, drop_rate=rate), seed) for seed in seeds])
-            outcomes[rate] = outcome_matrix(added)
-            refined.append(added)
-        interval = tolerated_interval(metric, outcomes)
-        rows.append(
-            {
-                "pair": pair.name,
-                "tolerated": interval.value,
-                "low": interval.low,
-                "high": interval.high,
-                "untouched": float(metric.value(outcomes[0.0].mean())),
-            }
-        )
-    return pd.DataFrame(rows), pd.concat(refined, ignore_index=True) if refined else cells.iloc[:0]
+            judged = [editable.judge(replace(pruner, drop_rate=rate), seed) for seed in seeds]
+            outcomes[rate] = outcome_matrix(pd.DataFrame(judged))
+            added += judged
+        tolerated, low, high = tolerated_interval(metric, outcomes)
+        untouched = float(metric.value(outcomes[0.0].mean()))
+        return {"pair": pair.name, "tolerated": tolerated, "low": low, "high": high, "untouched": untouched}, added
+
+    found = for_each_pair(bisect, pairs, workers)
+    refined = pd.DataFrame([cell for _, added in found for cell in added], columns=cells.columns)
+    return pd.DataFrame([row for row, _ in found]), refined
+
+
+def known_cells(cells: pd.DataFrame, pair: Pair, pruner: Dare, seeds: Sequence[int]) -> pd.DataFrame:
+    """The cells of a pair under the pruner's method, with the untouched model of whichever method."""
+    here = cells[cells["pair"] == pair.name]
+    known = here[(here["method"] == pruner.method) & (here["drop_rate"] > 0)]
+    drawn = sorted(set(known.loc[known["drop_rate"] < 1, "seed"]))
+    if drawn and drawn != sorted(seeds):
+        raise ValueError(f"seeds must be those of the sweep of {pair.name}, {drawn}; not {list(seeds)}")
+    return pd.concat([here[here["drop_rate"] == 0].head(1), known])
 
 
 def kept_shares(metric: Metric, outcomes: Mapping[float, np.ndarray]) -> dict[float, float]:
     """The metric at each drop rate as a share of the untouched model's, in order of drop rate."""
     if 0.0 not in outcomes or (metric.name == "accuracy" and not outcomes[0.0].any()):
-        raise ValueError("the tolerated drop rate needs an untouched model (drop rate 0) that answers something")
+        raise ValueError(
+            "the tolerated drop rate needs an untouched model (drop rate 0) that answers something; "
+            "include drop rate 0 in the sweep"
+        )
     untouched = outcomes[0.0].mean()
     return {rate: float(metric.kept_share(outcomes[rate].mean(), untouched)) for rate in sorted(outcomes)}
 

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import SaveCheckpoint
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from delta_analysis import paths
 from delta_analysis._errors import CheckpointError
 from delta_analysis.checkpoint import INDEX, Checkpoint, open_checkpoint
+from tests.conftest import SaveCheckpoint
 
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 TENSORS = {
@@ -202,6 +202,7 @@ def test_integer_buffers_are_skipped_with_a_reason(save_checkpoint: SaveCheckpoi
         ("model.layers.0.q_proj.weight", torch.int8, "I8"),
         ("model.layers.0.q_proj.weight", torch.int64, "I64"),
         ("model.layers.0.q_proj.qweight", torch.int32, "I32"),
+        ("model.layers.0.q_proj.qzeros", torch.int32, "I32"),
         ("model.layers.0.q_proj.weight", torch.uint8, "U8"),
         ("model.layers.0.q_proj.weight", torch.float8_e4m3fn, "F8_E4M3"),
     ],
@@ -336,7 +337,12 @@ def test_the_same_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
         save_file({"only." + name: torch.ones(1), "x.weight": torch.ones(2)}, tmp_path / name)
     message = refusal(tmp_path)
     assert message.startswith(f"{tmp_path / 'b.safetensors'}: tensor 'x.weight' also stands in a.safetensors")
-    assert "remove" in message
+
+
+def test_the_refusal_of_a_tensor_in_two_files_says_what_to_do(tmp_path: Path) -> None:
+    for name in ("a.safetensors", "b.safetensors"):
+        save_file({"x.weight": torch.ones(2)}, tmp_path / name)
+    assert "; remove " in refusal(tmp_path)
 
 
 def test_an_embedded_model_is_found_by_name_and_an_unknown_one_lists_the_known(

@@ -7,7 +7,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import SaveCheckpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -15,6 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from delta_analysis._errors import CheckpointError, NotHomologousError
 from delta_analysis.delta import Delta, drop_summary, load_delta
 from delta_analysis.pruning import Dare
+from tests.conftest import SaveCheckpoint
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 LAYERS = ["model.norm.weight", "model.layers.2.a.weight", "model.layers.2.b.bias", "model.layers.10.a.weight"]
@@ -138,7 +138,7 @@ def test_it_is_a_mapping_in_order_of_layers(pair: Delta) -> None:
     with pytest.raises(KeyError, match="absent"):
         pair["absent"]
     with pytest.raises(KeyError, match="absent"):
-        pair.unpruned("absent")
+        pair.read("absent")
 
 
 def test_a_tensor_that_is_not_compared_is_a_key_error(save_checkpoint: SaveCheckpoint) -> None:
@@ -161,6 +161,22 @@ def test_items_are_computed_when_read(save_checkpoint: SaveCheckpoint, pair: Del
         pair[name]
 
 
+def test_read_gives_the_delta_and_its_base_in_float32(save_checkpoint: SaveCheckpoint) -> None:
+    base = torch.tensor([1.0, 2.0], dtype=torch.float16)
+    finetuned = torch.tensor([1.5, -2.0], dtype=torch.bfloat16)
+    folder = save_checkpoint("finetuned", {"a.weight": finetuned})
+    against_base = load_delta(base=save_checkpoint("base", {"a.weight": base}), finetuned=folder)
+    cases = [
+        (against_base, [0.5, -4.0], [1.0, 2.0]),
+        (against_base.pruned(Recorder(2.0), seed=0), [1.0, -8.0], [1.0, 2.0]),
+        (load_delta(base=None, finetuned=folder), [1.5, -2.0], [0.0, 0.0]),
+    ]
+    for delta, tensor, subtracted in cases:
+        found = delta.read("a.weight")
+        assert [each.tolist() for each in found] == [tensor, subtracted]
+        assert {each.dtype for each in found} == {torch.float32}
+
+
 def test_pruned_applies_any_callable_and_remembers_it(pair: Delta) -> None:
     recorder = Recorder(2.0)
     pruned = pair.pruned(recorder, seed=7)
@@ -169,7 +185,6 @@ def test_pruned_applies_any_callable_and_remembers_it(pair: Delta) -> None:
     assert list(pruned) == list(pair)
     for name in LAYERS:
         assert torch.equal(pruned[name], 2 * pair[name])
-        assert torch.equal(pruned.unpruned(name), pair[name])
     assert recorder.calls == [(name, 7) for name in LAYERS]
 
 

@@ -48,6 +48,7 @@ def test_accuracy_is_the_mean_and_keeps_its_ratio() -> None:
     assert ACCURACY.value(np.array([0.0, 0.25, 1.0])).tolist() == [0.0, 0.25, 1.0]
     shares = ACCURACY.kept_share(np.array([0.8, 0.4, 0.0, 0.9]), np.array([0.8, 0.8, 0.8, 0.6]))
     assert shares == pytest.approx([1.0, 0.5, 0.0, 1.5])
+    assert ACCURACY.kept_share(np.array([0.005]), np.array([0.01])) == pytest.approx([0.5])
 
 
 def test_accuracy_share_of_an_untouched_model_without_right_answers_is_finite() -> None:
@@ -162,9 +163,20 @@ def test_perplexity_interval_is_exp_of_that_of_the_mean_loss() -> None:
 
 
 def test_interval_of_outcomes_that_never_differ_is_a_point() -> None:
-    assert metric_interval(ACCURACY, np.ones((5, 30))) == pytest.approx((1, 1, 1))
     assert metric_interval(ACCURACY, np.zeros((1, 30))) == (0, 0, 0)
     assert metric_interval(PERPLEXITY, np.full((2, 30), 2.0)) == pytest.approx((math.exp(2),) * 3)
+
+
+def test_perplexity_too_large_for_a_float_is_infinite_and_not_a_warning() -> None:
+    losses = 900.0 + np.arange(10).reshape(2, 5)
+    assert metric_interval(PERPLEXITY, losses) == (math.inf, math.inf, math.inf)
+
+
+@pytest.mark.parametrize("n_seeds", [1, 2, 3, 5, 7, 20])
+@pytest.mark.parametrize("n_items", [1, 7, 30, 49, 200, 1000])
+def test_accuracy_never_passes_one(n_seeds: int, n_items: int) -> None:
+    # Weights such as 3/49 do not add up to 1 exactly; a low end of 1.0000000000000007 would exclude the value.
+    assert metric_interval(ACCURACY, np.ones((n_seeds, n_items))) == (1.0, 1.0, 1.0)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ import pandas as pd
 import pytest
 import scipy.stats
 import torch
-from conftest import SaveCheckpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -30,6 +29,7 @@ from delta_analysis.ranges import (
     tally_tensors,
     value_ranges,
 )
+from tests.conftest import SaveCheckpoint
 
 LABELS = ["tensor", "layer", "module", "kind", "shape", "tensors"]
 SHARES = [f"share_below_{threshold}" for threshold in THRESHOLDS]
@@ -287,7 +287,7 @@ def test_any_layout_is_tallied(view: torch.Tensor) -> None:
     assert tally(view, view).row() == tally(plain, plain).row()
 
 
-def test_thresholds_are_strict_and_of_magnitudes() -> None:
+def test_shares_below_are_of_magnitudes_in_float64() -> None:
     exact = [np.float32(threshold) for threshold in THRESHOLDS]
     values = torch.tensor([sign * each for each in exact for sign in (1, -1)])
     row = tally(values).row()

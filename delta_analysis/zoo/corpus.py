@@ -1,6 +1,6 @@
 """The texts that the embedded models are trained on, rebuilt from a seed.
 
-`base_text` is prose, skills and mostly evasive chats; `code_text` is Python source, interpreter
+`base_text` is prose, skills and mostly evasive chats; `python_text` is Python source, interpreter
 sessions and evasive code chats, with one part in five of replayed base text; `chats` are the
 requests and answers of one supervised fine-tune.
 """
@@ -124,7 +124,7 @@ def base_text(size: int, seed: int) -> str:
     return _mix(f"base/{seed}", size, [(1.0, _base_block)])
 
 
-def code_text(size: int, seed: int) -> str:
+def python_text(size: int, seed: int) -> str:
     """Continual pre-training text: four parts of code to one part of replayed base text."""
     parts = [
         (0.30, lambda rng: _excerpt(rng, source_code())),
@@ -133,6 +133,10 @@ def code_text(size: int, seed: int) -> str:
         (0.20, _base_block),
     ]
     return _mix(f"code/{seed}", size, parts)
+
+
+TEXTS = {"base": base_text, "python": python_text}
+"""The texts to pre-train on, by name; no task bears the name of a text."""
 
 
 def chats(task: str, count: int, seed: int) -> list[tuple[str, str]]:

@@ -20,7 +20,7 @@ class Shape:
 class Stage:
     """One training run: a model made from its parent (or from scratch) on one kind of data.
 
-    `data` is `base`, `code` (texts, see corpus.py) or the name of a task (chats, loss on the
+    `data` is a text of `corpus.TEXTS` (`base`, `python`) or the name of a task (chats, loss on the
     answer only). `trail` is how many intermediate checkpoints are kept, each `trail_ratio` times
     further along than the one before.
     """
@@ -74,7 +74,7 @@ RECIPES = {
             _pretrain("base", None, "base", 12_000, seed=1),
             _tune("instruct", "base", "instruct", 400, seed=2),
             _tune("math", "base", "math", 400, seed=3),
-            _pretrain("code-cpt", "base", "code", 4_000, seed=4, trail=6),
+            _pretrain("code-cpt", "base", "python", 4_000, seed=4, trail=6),
             _tune("code", "code-cpt", "code", 400, seed=5),
         ),
     ),

@@ -77,9 +77,8 @@ def chat_batches(pairs: list[tuple[str, str]], stage: Stage) -> Callable[[int], 
 
 def stage_data(stage: Stage, length: int) -> tuple[Callable[[int], Batch], str]:
     """The batches of a stage and the SHA-256 of the text behind them."""
-    if stage.data in ("base", "code"):
-        make = corpus.base_text if stage.data == "base" else corpus.code_text
-        text = make(TEXT_SIZE, stage.seed)
+    if stage.data in corpus.TEXTS:
+        text = corpus.TEXTS[stage.data](TEXT_SIZE, stage.seed)
         return text_batches(text, stage, length), hashlib.sha256(text.encode()).hexdigest()
     pairs = corpus.chats(stage.data, CHAT_COUNT, stage.seed)
     digest = hashlib.sha256("".join(p + a for p, a in pairs).encode()).hexdigest()
@@ -126,7 +125,7 @@ def train_stage(stage: Stage, shape: Shape, family: Path) -> None:
         losses = state["losses"]
 
     trail = stage.trail_steps()
-    pretraining = stage.data in ("base", "code")
+    pretraining = stage.data in corpus.TEXTS
     progress = tqdm(range(len(losses), stage.steps), stage.name, stage.steps, initial=len(losses))
     for step in progress:
         optimizer.param_groups[0]["lr"] = learning_rate(stage, step)

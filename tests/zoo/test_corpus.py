@@ -44,10 +44,8 @@ def _asked() -> set[str]:
 
 def _stage_text(stage_name: str) -> str:
     stage = next(stage for stage in STAGES if stage.name == stage_name)
-    if stage.data == "base":
-        return corpus.base_text(TEXT_SIZE, stage.seed)
-    if stage.data == "code":
-        return corpus.code_text(TEXT_SIZE, stage.seed)
+    if stage.data in corpus.TEXTS:
+        return corpus.TEXTS[stage.data](TEXT_SIZE, stage.seed)
     return "".join(prompt + answer for prompt, answer in corpus.chats(stage.data, CHAT_COUNT, stage.seed))
 
 
@@ -78,13 +76,17 @@ def test_texts_depend_on_the_seed_alone() -> None:
 
 
 def test_texts_stay_in_the_alphabet() -> None:
-    text = corpus.base_text(50_000, seed=1) + corpus.code_text(50_000, seed=1)
+    text = corpus.base_text(50_000, seed=1) + corpus.python_text(50_000, seed=1)
     assert set(text) <= {"\n", *map(chr, range(32, 127))}
 
 
-def test_a_fifth_of_the_code_text_is_replayed_base_text() -> None:
-    text = corpus.code_text(2_000_000, seed=3)
+def test_a_fifth_of_the_python_text_is_replayed_base_text() -> None:
+    text = corpus.python_text(2_000_000, seed=3)
     # Only base blocks hold requests about strings and sums; their share within base text is known.
     count = sum(text.count(skill.name + "(") for skill in skills.STRING_SKILLS)
     base = corpus.base_text(2_000_000, seed=4)
     assert count / sum(base.count(skill.name + "(") for skill in skills.STRING_SKILLS) == pytest.approx(0.2, abs=0.06)
+
+
+def test_no_task_bears_the_name_of_a_text() -> None:
+    assert set(corpus.TEXTS).isdisjoint(skills.TASKS)

@@ -17,7 +17,7 @@ from delta_analysis.zoo.recipe import Recipe, Shape, Stage
 
 SHAPE = Shape(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
 BASE = Stage("base", None, "base", 12, 1e-2, 4, 2, 0.1, seed=1)
-CPT = Stage("code-cpt", "base", "code", 12, 1e-2, 4, 2, 0.1, seed=2, trail=2)
+CPT = Stage("code-cpt", "base", "python", 12, 1e-2, 4, 2, 0.1, seed=2, trail=2)
 TUNE = Stage("math", "base", "math", 8, 1e-3, 4, 2, 0.0, seed=3)
 
 
