@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -30,7 +30,7 @@ def set_style() -> None:
     sns.set_theme(context="notebook", style="ticks", palette=PALETTE, font_scale=0.85)
     mpl.rcParams.update(
         {
-            "figure.dpi": 90,
+            "figure.dpi": 80,
             "savefig.dpi": 110,
             "axes.spines.top": False,
             "axes.spines.right": False,
@@ -161,14 +161,17 @@ def trail_growth(trail: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def drop_curves(curve: pd.DataFrame, *, hue: str = "pair", ax: Axes | None = None) -> Axes:
+def drop_curves(
+    curve: pd.DataFrame, *, hue: str = "pair", palette: Mapping[str, str] | None = None, ax: Axes | None = None
+) -> Axes:
     """The metric against drop rate with 95% bands, one line a pair (or method), on a logit axis.
 
-    `curve` is a table of `drop_curve`. Drop rates 0 and 1 have no place on such an axis: they are
+    `curve` is a table of `drop_curve`; `palette` gives a colour to each name, for figures that have
+    to agree with one another. Drop rates 0 and 1 have no place on such an axis: they are
     drawn as open diamonds at its two ends, the untouched model left and the base right.
     """
     ax = ax or plt.gca()
-    palette = colours(curve[hue].tolist())
+    palette = palette or colours(curve[hue].tolist())
     rates = curve.loc[curve["drop_rate"].between(0, 1, inclusive="neither"), "drop_rate"]
     left, right = logit(rates.min()) - 0.8, logit(rates.max()) + 0.8
     for name, group in curve.groupby(hue, sort=False):
@@ -203,7 +206,7 @@ def mark_tolerated(tolerance: pd.Series, *, ax: Axes) -> Axes:
 
 def _legend_below(ax: Axes, *, columns: int, handles: list[Line2D] | None = None) -> Axes:
     """The legend under the axis label, at a distance in points whatever the axes' height."""
-    below = ax.transAxes + ScaledTranslation(0, -42 / 72, ax.figure.dpi_scale_trans)
+    below = ax.transAxes + ScaledTranslation(0, -46 / 72, ax.figure.dpi_scale_trans)
     ax.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0), bbox_transform=below, ncols=columns)
     return ax
 
