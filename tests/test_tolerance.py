@@ -207,10 +207,13 @@ def test_bisection_halves_on_the_logit_scale() -> None:
 
 
 def test_narrow_bracket_asks_for_nothing() -> None:
-    outcomes = {0.0: np.ones((1, 4)), 0.5: np.ones((3, 4)), expit(0.199): np.zeros((3, 4))}
+    outcomes = {0.0: np.ones((1, 4)), 0.5: np.ones((3, 4)), expit(RESOLUTION - 0.001): np.zeros((3, 4))}
     assert next_rate(ACCURACY, outcomes) is None
-    assert next_rate(ACCURACY, {**outcomes, expit(0.199): np.ones((3, 4))}) == 0.999
-    assert next_rate(ACCURACY, {0.0: np.ones((1, 4)), 0.5: np.ones((3, 4)), expit(0.201): np.zeros((3, 4))}) is not None
+    assert next_rate(ACCURACY, {**outcomes, expit(RESOLUTION - 0.001): np.ones((3, 4))}) == 0.999
+    assert (
+        next_rate(ACCURACY, {0.0: np.ones((1, 4)), 0.5: np.ones((3, 4)), expit(RESOLUTION + 0.001): np.zeros((3, 4))})
+        is not None
+    )
 
 
 def test_first_failure_counts_although_a_higher_rate_passes() -> None:
