@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from delta_analysis._errors import CheckpointError
 from delta_analysis.checkpoint import Checkpoint
 from delta_analysis.generation import answer_texts
 
@@ -33,12 +34,14 @@ class Question:
 
 
 def load_questions(path: str | Path, count: int | None = None) -> list[Question]:
-    """The first `count` questions of a JSONL file, one `{"prompt": …, "answer": …}` a line.
+    """The first `count` questions of a JSONL file (all, if it has fewer), one object a line.
+
+    A line is `{"prompt": …, "answer": …}`.
 
     Raises
     ------
     ValueError
-        A line that is no such object, or fewer questions than asked for.
+        A line that is no such object, or whose prompt is empty.
     """
     questions = []
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n"), start=1):
@@ -47,50 +50,84 @@ def load_questions(path: str | Path, count: int | None = None) -> list[Question]
             question = Question(fields["prompt"], fields["answer"])
             if not (isinstance(question.prompt, str) and isinstance(question.answer, str)):
                 raise TypeError("prompt and answer must be text")
+            if not question.prompt:
+                raise ValueError("an empty prompt")
             questions.append(question)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f'{path}, line {number}: expected {{"prompt": …, "answer": …}}, got {line[:80]!r}'
+                f'{path}, line {number}: expected {{"prompt": …, "answer": …}}, got {line[:80]!r} ({error})'
             ) from error
-    if count is not None and not 1 <= count <= len(questions):
-        raise ValueError(f"{path}: {count} questions asked for, between 1 and {len(questions)} are to be had")
     return questions[:count]
 
 
 def load_model(checkpoint: Checkpoint, device: str = "cpu") -> PreTrainedModel:
-    """The model of a checkpoint directory in float32, for evaluation; never runs remote code."""
+    """The model of a checkpoint directory in float32, for evaluation; never runs remote code.
+
+    Raises
+    ------
+    CheckpointError
+        A directory that transformers cannot load, or that lacks weights of its own architecture.
+    """
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            checkpoint.path, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            checkpoint.path,
+            dtype=torch.float32,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise CheckpointError(
+            f"{checkpoint.path}: cannot be loaded as a language model ({_first_line(str(error))}); "
+            "evaluation needs a directory with config.json and weights of one architecture"
+        ) from error
     finally:
         if bars:
             logging.enable_progress_bar()
+    model, report = loaded
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise CheckpointError(
+            f"{checkpoint.path}: lacks {len(missing)} weights of its architecture, first {missing[0]!r}; "
+            "they would be random, fetch the whole checkpoint"
+        )
     # Greedy means greedy: a checkpoint's penalties and sampling settings would change the answers.
     model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
-    return model.to(torch.device(device)).eval()  # type: ignore[arg-type]
+    return model.to(torch.device(device)).eval()
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint directory, padding on the left as generation needs."""
-    tokenizer = AutoTokenizer.from_pretrained(
-        checkpoint.path, local_files_only=True, trust_remote_code=False, padding_side="left"
-    )
+    """The tokenizer of a checkpoint directory.
+
+    Raises
+    ------
+    CheckpointError
+        A directory without a tokenizer that transformers can load.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise CheckpointError(
+            f"{checkpoint.path}: has no tokenizer that can be loaded ({_first_line(str(error))}); "
+            "copy tokenizer.json and tokenizer_config.json beside the weights"
+        ) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 @contextmanager
-def patched(model: PreTrainedModel, weights: Mapping[str, torch.Tensor]) -> Iterator[PreTrainedModel]:
+def patched(
+    model: PreTrainedModel, weights: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]
+) -> Iterator[PreTrainedModel]:
     """The model with some of its weights replaced, restored bit for bit afterwards.
 
     Parameters
     ----------
     model : any model whose parameters bear the names in `weights`.
-    weights : name -> new weight, read one at a time.
+    weights : name -> new weight, or pairs of both, read one at a time.
 
     Raises
     ------
@@ -103,7 +140,7 @@ def patched(model: PreTrainedModel, weights: Mapping[str, torch.Tensor]) -> Iter
     saved: dict[str, torch.Tensor] = {}
     try:
         with torch.no_grad():
-            for name, weight in weights.items():
+            for name, weight in weights.items() if isinstance(weights, Mapping) else weights:
                 parameter = _matching(parameters, name, weight)
                 saved[name] = parameter.clone()
                 parameter.copy_(weight)

@@ -24,13 +24,12 @@ def answer_texts(
     starts: list[list[int]] = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
     drafts: list[list[int]] = tokenizer([f"{a}\n" for a in answers], add_special_tokens=False)["input_ids"]
     texts = []
-    for start, draft, own in zip(starts, drafts, _own_choices(model, starts, drafts), strict=True):
+    for start, draft, own, answer in zip(starts, drafts, _own_choices(model, starts, drafts), answers, strict=True):
         agreed = next((i for i, token in enumerate(draft) if token != own[i]), len(draft))
-        texts.append(_decode(model, tokenizer, own[: agreed + 1]))
-        start.extend(own[: agreed + 1])
-    for i, (text, answer) in enumerate(zip(texts, answers, strict=True)):
-        if _may_become(text, answer):
-            texts[i] += _continue(model, tokenizer, starts[i], text, answer)
+        generated = own[: agreed + 1]
+        if _may_become(_text(model, tokenizer, start, generated), answer):
+            generated = _continue(model, tokenizer, start, generated, answer)
+        texts.append(_text(model, tokenizer, start, generated))
     return texts
 
 
@@ -50,35 +49,41 @@ def _own_choices(model: PreTrainedModel, starts: list[list[int]], drafts: list[l
 
 
 def _continue(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: list[int], text: str, answer: str
-) -> str:
-    """What follows `ids` by plain generation, until the whole text is decided."""
-    start = torch.tensor([ids], device=model.device)
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, start: list[int], generated: list[int], answer: str
+) -> list[int]:
+    """All tokens generated after `start` when plain generation goes on until the text is decided."""
+    ids = torch.tensor([start + generated], device=model.device)
 
     def decided(tokens: torch.Tensor, _scores: object, **_: object) -> torch.Tensor:
-        generated = _decode(model, tokenizer, tokens[0, len(ids) :].tolist())
-        return torch.tensor([not _may_become(text + generated, answer)], device=tokens.device)
+        text = _text(model, tokenizer, start, tokens[0, len(start) :].tolist())
+        return torch.tensor([not _may_become(text, answer)], device=tokens.device)
 
     with torch.inference_mode():
         tokens = model.generate(  # type: ignore[operator]
-            start,
-            attention_mask=torch.ones_like(start),
-            max_new_tokens=len(answer) + 1,
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=len(answer.encode()) + 1,
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id,
             stopping_criteria=StoppingCriteriaList([decided]),
         )
-    return _decode(model, tokenizer, tokens[0, len(ids) :].tolist())
+    whole: list[int] = tokens[0, len(start) :].tolist()
+    return whole
 
 
 def _may_become(text: str, answer: str) -> bool:
-    return "\n" not in text and answer.startswith(text)
+    # A character that is not complete yet decodes to a replacement mark.
+    return "\n" not in text and answer.startswith(text.rstrip("\ufffd"))
 
 
-def _decode(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
-    """The text of generated tokens; an end-of-sequence token ends it as a newline does."""
+def _text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, start: list[int], generated: list[int]) -> str:
+    """What the generated tokens add to the text; an end-of-sequence token ends it as a newline does.
+
+    Both are decoded together, since a token may read differently at the beginning of a text.
+    """
     ends = model.generation_config.eos_token_id if model.generation_config else None
     ends = ends if isinstance(ends, list) else [ends]
-    stop = next((i for i, token in enumerate(tokens) if token in ends), None)
-    text = str(tokenizer.decode(tokens[:stop]))
-    return text if stop is None else text + "\n"
+    stop = next((i for i, token in enumerate(generated) if token in ends), None)
+    before = str(tokenizer.decode(start, clean_up_tokenization_spaces=False))
+    whole = str(tokenizer.decode(start + generated[:stop], clean_up_tokenization_spaces=False))
+    return whole[len(before) :] + ("" if stop is None else "\n")

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 
 from delta_analysis.checkpoint import open_checkpoint
 from delta_analysis.paths import resolve
+from delta_analysis.tolerance import HIGHEST, LOWEST
 
 PACKAGES = ("delta_analysis", "torch", "transformers", "numpy", "pandas", "safetensors")
 
@@ -55,13 +56,17 @@ def table(frame: pd.DataFrame, digits: int = 2) -> pd.DataFrame:
 
 
 def drop_rate_text(p: float) -> str:
-    """A drop rate with as many digits as tell it from 1.
+    """A drop rate with as many digits as tell it from 1; at the ends of the search, a bound.
 
     Examples
     --------
     >>> drop_rate_text(0.5), drop_rate_text(0.98712)
     ('0.50', '0.987')
+    >>> drop_rate_text(0.999)
+    'at least 0.999'
     """
+    if p >= HIGHEST - 1e-9 or p <= LOWEST + 1e-9:
+        return f"at least {HIGHEST:g}" if p > LOWEST + 1e-9 else f"at most {LOWEST:g}"
     return f"{p:.2f}" if p < 0.95 else f"{p:.3f}" if p < 0.995 else f"{p:.4f}"
 
 
@@ -70,6 +75,7 @@ def write_results(
     results: pd.DataFrame,
     *,
     sources: Iterable[str],
+    files: Iterable[Path] = (),
     headline: str,
     figure: Figure,
 ) -> None:
@@ -80,6 +86,7 @@ def write_results(
     parameters : the notebook's frozen dataclass, with a field `out_dir`.
     results : tidy, one row an observation.
     sources : checkpoints that were read; their weight files are hashed.
+    files : whatever else was read, such as questions; hashed too.
     headline : the report's main finding, one computed sentence.
     figure : the figure that shows it.
     """
@@ -89,7 +96,8 @@ def write_results(
         "headline": headline,
         "parameters": dataclasses.asdict(parameters),
         "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in PACKAGES}},
-        "files": {source: file_hashes(source) for source in sorted(set(sources))},
+        "checkpoints": {source: file_hashes(source) for source in sorted(set(sources))},
+        "files": {path.name: sha256(path) for path in sorted(set(files))},
     }
     _replace(folder / "results.parquet", lambda path: results.to_parquet(path, index=False))
     _replace(folder / "run.json", lambda path: path.write_text(json.dumps(run, indent=1, ensure_ascii=False) + "\n"))
@@ -98,11 +106,13 @@ def write_results(
 
 def file_hashes(source: str) -> dict[str, str]:
     """SHA-256 of each weight file of a checkpoint."""
-    hashes = {}
-    for path in open_checkpoint(source).files():
-        with path.open("rb") as file:
-            hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return hashes
+    return {path.name: sha256(path) for path in open_checkpoint(source).files()}
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _replace(path: Path, write: Any) -> None:

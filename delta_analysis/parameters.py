@@ -61,9 +61,9 @@ class ValueRangesParameters:
 class DareAblationParameters:
     """Parameters of 02_dare_ablation; empty `base` and `finetuned` mean the embedded family.
 
-    `evaluation` is a task (`instruct`, `math`, `code`), a `.jsonl` file of questions, a text file
-    for perplexity, or empty: then the task that the embedded model was tuned for, else perplexity on
-    a short English text.
+    `n_questions` is the most that are asked. `evaluation` is a task (`instruct`, `math`, `code`), a
+    `.jsonl` file of questions, a text file for perplexity, or empty: then the task that the embedded
+    model was tuned for, else perplexity on a short English text.
     """
 
     base: str
@@ -83,8 +83,9 @@ class DareAblationParameters:
         check_integer("n_seeds", self.n_seeds, low=2)
         check_integer("n_questions", self.n_questions, low=1)
         check_device(self.device)
-        check_out_dir(self.out_dir)
         self.pairs()
+        check_model("finetuned", self.finetuned)
+        check_out_dir(self.out_dir)
 
     @property
     def embedded(self) -> bool:
@@ -99,7 +100,12 @@ class DareAblationParameters:
         if self.embedded:
             return TASK_PAIRS
         known = {relation.finetuned: relation.task for relation in TASK_PAIRS}
-        return (Relation(self.base, self.finetuned, "given", known.get(self.finetuned, "")),)
+        task = self.evaluation or known.get(self.finetuned, "")
+        return (Relation(self.base, self.finetuned, "given", task),)
+
+    def evaluation_files(self) -> list[Path]:
+        """The file that each pair is judged on."""
+        return [evaluation_file(relation.task) for relation in self.relations()]
 
     def pairs(self) -> list[Pair]:
         """The pairs of the report with their evaluations."""
@@ -108,8 +114,7 @@ class DareAblationParameters:
                 "evaluation", f"{self.evaluation!r} needs a pair; the embedded family brings its own, leave it empty"
             )
         return [
-            Pair(r.name, r.base, r.finetuned, choose_evaluation(self.evaluation or r.task, self.n_questions))
-            for r in self.relations()
+            Pair(r.name, r.base, r.finetuned, choose_evaluation(r.task, self.n_questions)) for r in self.relations()
         ]
 
 
@@ -139,6 +144,15 @@ def check_pair(base: str, finetuned: str) -> None:
             load_delta(base=base, finetuned=finetuned)
         except ValueError as error:
             raise ParameterError("base", error) from error
+
+
+def check_model(parameter: str, source: str) -> None:
+    """A checkpoint that can be evaluated: a directory with configuration and tokenizer."""
+    folder = open_checkpoint(source).path if source else None
+    if folder and not ((folder / "config.json").is_file() and list(folder.glob("tokenizer*"))):
+        raise ParameterError(
+            parameter, f"{source}: evaluation needs a directory with config.json and tokenizer files beside the weights"
+        )
 
 
 def parse_drop_rates(given: Rates) -> tuple[float, ...]:
@@ -176,29 +190,39 @@ def check_device(device: str) -> None:
 
 
 def check_out_dir(out_dir: str) -> None:
-    """A path that is not an existing file."""
-    if not isinstance(out_dir, str) or not out_dir or resolve(out_dir).is_file():
-        raise ParameterError("out_dir", f"must name a folder, made if it is absent; not {out_dir!r}")
+    """A folder; it is made here, so that no work is done that could not be written."""
+    try:
+        if not isinstance(out_dir, str) or not out_dir:
+            raise NotADirectoryError("no folder is named")
+        resolve(out_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ParameterError("out_dir", f"must name a folder that can be made; not {out_dir!r} ({error})") from error
 
 
-def choose_evaluation(evaluation: str, n_questions: int) -> Evaluation:
-    """The evaluation that a task name or a file stands for; the sample text if it is empty."""
+def evaluation_file(evaluation: str) -> Path:
+    """The file behind a task name or a path; the sample text if it is empty."""
     if evaluation in TASKS:
-        return _questions(questions_file(evaluation), n_questions)
-    path = find_input(evaluation) if evaluation else sample_text_file()
-    if not path.is_file():
+        return questions_file(evaluation)
+    path = find_input(evaluation) if isinstance(evaluation, str) and evaluation else sample_text_file()
+    if not isinstance(evaluation, str) or not path.is_file():
         raise ParameterError(
             "evaluation",
             f"must be one of {', '.join(TASKS)}, a .jsonl file of questions, a text file for perplexity, or empty; "
             f"not {evaluation!r}",
         )
-    if path.suffix == ".jsonl":
-        return _questions(path, n_questions)
-    return TextPerplexity(path.read_text(encoding="utf-8"))
+    return path
 
 
-def _questions(path: Path, count: int) -> ExactMatch:
+def choose_evaluation(evaluation: str, n_questions: int) -> Evaluation:
+    """Exact match on at most `n_questions` of a `.jsonl` file or task, perplexity on any other file."""
+    path = evaluation_file(evaluation)
     try:
-        return ExactMatch(tuple(load_questions(path, count)))
+        if path.suffix == ".jsonl":
+            questions = load_questions(path, n_questions)
+            if questions:
+                return ExactMatch(tuple(questions))
+        elif text := path.read_text(encoding="utf-8"):
+            return TextPerplexity(text)
     except ValueError as error:
-        raise ParameterError("n_questions" if "asked for" in str(error) else "evaluation", error) from error
+        raise ParameterError("evaluation", f"{path}: {error}") from error
+    raise ParameterError("evaluation", f"{path} is empty; expected questions or a text")

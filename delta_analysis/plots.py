@@ -90,7 +90,8 @@ def magnitude_histograms(histograms: pd.DataFrame, *, ax: Axes | None = None) ->
         ax.axvline(threshold, color=GREY, lw=0.8, ls=":", zorder=1)
     ax.set(xscale="log", xlabel="|δ| (dotted: 0.002, 0.005, 0.01, 0.03)", ylabel="share of entries per decade of |δ|")
     shown = histograms.loc[histograms["density"] > 1e-4]
-    ax.set_xlim(max(shown["low"].min(), 1e-8), shown["high"].max())
+    if len(shown):
+        ax.set_xlim(max(shown["low"].min(), 1e-8), shown["high"].max())
     ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     return _legend_below(ax, columns=2)
 
@@ -168,7 +169,7 @@ def drop_curves(
 
     `curve` is a table of `drop_curve`; `palette` gives a colour to each name, for figures that have
     to agree with one another. Drop rates 0 and 1 have no place on such an axis: they are
-    drawn as open diamonds at its two ends, the untouched model left and the base right.
+    drawn as open diamonds at its two ends, the untouched model left, all dropped (the base) right.
     """
     ax = ax or plt.gca()
     palette = palette or colours(curve[hue].tolist())
@@ -184,7 +185,7 @@ def drop_curves(
             reference = group[group["drop_rate"] == end]
             ax.plot([place] * len(reference), reference["value"], "D", color=colour, ms=6, mfc="white", zorder=4)
     ticks = [p for p in _RATE_TICKS if rates.min() <= p <= rates.max()]
-    ax.set_xticks([left, *map(logit, ticks), right], ["0\n(untouched)", *(f"{p:g}" for p in ticks), "1\n(base)"])
+    ax.set_xticks([left, *map(logit, ticks), right], ["0\n(untouched)", *(f"{p:g}" for p in ticks), "1\n(all dropped)"])
     ax.set_xlabel("drop rate p, on the scale log(p / (1 − p))")
     if curve["metric"].iloc[0] == "accuracy":
         ax.set(ylabel="accuracy (exact match)", ylim=(-0.03, 1.03))
@@ -192,6 +193,27 @@ def drop_curves(
     else:
         ax.set(ylabel=curve["metric"].iloc[0], yscale="log")
     return _legend_below(ax, columns=2)
+
+
+def reference_lines(curve: pd.DataFrame, *, ax: Axes) -> Axes:
+    """The untouched model and the one with all of its delta dropped as dashed lines, on the axes of `drop_curves`.
+
+    `curve` is the table of one pair and method, drop rates 0 and 1 among its rows.
+    """
+    for drop_rate, label in ((0.0, "untouched model"), (1.0, "all dropped (p = 1)")):
+        for value in curve.loc[curve["drop_rate"] == drop_rate, "value"]:
+            ax.axhline(value, color=GREY, lw=0.9, ls="--", zorder=1)
+            ax.annotate(
+                label,
+                (0.12, value),
+                xycoords=ax.get_yaxis_transform(),
+                xytext=(0, 2),
+                textcoords="offset points",
+                va="bottom",
+                size="x-small",
+                color=GREY,
+            )
+    return ax
 
 
 def mark_tolerated(tolerance: pd.Series, *, ax: Axes) -> Axes:

@@ -225,6 +225,7 @@ def value_ranges(delta: Delta, *, by: Grouping = "tensor") -> pd.DataFrame:
 
     Examples
     --------
+    >>> from delta_analysis import load_delta
     >>> delta = load_delta(base="zoo:small/base", finetuned="zoo:small/instruct")
     >>> value_ranges(delta, by="model")["numel"].item() == sum(t.numel() for t in delta.values())
     True
@@ -267,6 +268,7 @@ def magnitude_histogram(delta: Delta, *, bins_per_decade: int = 10) -> pd.DataFr
 
     Examples
     --------
+    >>> from delta_analysis import load_delta
     >>> histogram = magnitude_histogram(load_delta(base=None, finetuned="zoo:small/base"))
     >>> bool(histogram["share"].sum() <= 1)
     True

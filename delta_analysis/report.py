@@ -136,7 +136,7 @@ def index_page(entries: list[str], given: dict[str, str]) -> str:
     )
     head = (
         "<h1>What is inside a fine-tuning delta</h1>\n"
-        f"<p>Reports on {html.escape(subject)}. Every sentence and figure was computed in this run.</p>"
+        f"<p>Reports on {html.escape(subject)}. Every figure, table and finding was computed in this run.</p>"
     )
     return PAGE.format(title="What is inside a fine-tuning delta", body="\n".join([head, *entries]))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from threading import Lock
@@ -74,12 +74,20 @@ class EditableModel:
     def judge(self, pruner: Dare, seed: int) -> dict[str, object]:
         """One cell of a sweep: prune, patch the model, evaluate, restore the model."""
         started = time.perf_counter()
-        pruned = {name: pruner(tensor, name=name, seed=seed) for name, tensor in self.delta.items()}
-        with patched(self.model, {name: self.base[name] + tensor for name, tensor in pruned.items()}) as model:
+        nonzero, left = 0, 0
+
+        def edited() -> Iterator[tuple[str, torch.Tensor]]:
+            nonlocal nonzero, left
+            for name, tensor in self.delta.items():
+                pruned = pruner(tensor, name=name, seed=seed)
+                nonzero += int(torch.count_nonzero(tensor))
+                left += int(torch.count_nonzero(pruned))
+                yield name, self.base[name] + pruned
+
+        with patched(self.model, edited()) as model:
             outcomes = self.pair.evaluation(model, self.tokenizer)
         metric = self.pair.evaluation.metric
         value, low, high = metric_interval(METRICS[metric], outcomes[None])
-        nonzero, left = (sum(int(torch.count_nonzero(t)) for t in d.values()) for d in (self.delta, pruned))
         return {
             "pair": self.pair.name,
             "method": pruner.method,

@@ -45,7 +45,7 @@ def measure_tolerance(
     device: str = "cpu",
     workers: int = 1,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The largest drop rate that keeps 95% of the untouched model's metric, by pair.
+    """The drop rate up to which 95% of the untouched model's metric is kept, by pair.
 
     Starting from the cells of a sweep, the bracket between the last tolerated and the first failing
     drop rate (in the mean over seeds) is halved on log(p/(1-p)) over the sweep's nested masks.
@@ -59,8 +59,11 @@ def measure_tolerance(
     Returns
     -------
     tolerances : one row a pair; `pair`; `tolerated, low, high`, drop rates with a 95% interval over
-        seeds and items, limited to [0.001, 0.999]; `untouched`, the metric at drop rate 0. Where
-        masks differ much more than items do, few seeds give an interval that is too narrow.
+        seeds and items, where the mean over seeds first falls below 95%, or the end of the searched
+        range [0.001, 0.999] if that lies beyond; `untouched`, the metric at drop rate 0;
+        `kept_at_1`, the share of it that is kept with the whole delta dropped (NaN if the sweep has
+        no such cell). Where masks differ much more than items do, few seeds give an interval that is
+        too narrow.
     refined : the cells that the bisection added, in the columns of `sweep`.
 
     Raises
@@ -82,7 +85,8 @@ def measure_tolerance(
             added += judged
         tolerated, low, high = tolerated_interval(metric, outcomes)
         untouched = float(metric.value(outcomes[0.0].mean()))
-        return {"pair": pair.name, "tolerated": tolerated, "low": low, "high": high, "untouched": untouched}, added
+        row = {"pair": pair.name, "tolerated": tolerated, "low": low, "high": high, "untouched": untouched}
+        return {**row, "kept_at_1": kept_shares(metric, outcomes).get(1.0, math.nan)}, added
 
     found = for_each_pair(bisect, pairs, workers)
     refined = pd.DataFrame([cell for _, added in found for cell in added], columns=cells.columns)
@@ -101,11 +105,11 @@ def known_cells(cells: pd.DataFrame, pair: Pair, pruner: Dare, seeds: Sequence[i
 
 def kept_shares(metric: Metric, outcomes: Mapping[float, np.ndarray]) -> dict[float, float]:
     """The metric at each drop rate as a share of the untouched model's, in order of drop rate."""
-    if 0.0 not in outcomes or (metric.name == "accuracy" and not outcomes[0.0].any()):
-        raise ValueError(
-            "the tolerated drop rate needs an untouched model (drop rate 0) that answers something; "
-            "include drop rate 0 in the sweep"
-        )
+    needs = "the tolerated drop rate needs an untouched model (drop rate 0) that answers something"
+    if 0.0 not in outcomes:
+        raise ValueError(f"{needs}; include drop rate 0 in the sweep")
+    if metric.name == "accuracy" and not outcomes[0.0].any():
+        raise ValueError(f"{needs}; this one is always wrong, check that questions and prompt format are its own")
     untouched = outcomes[0.0].mean()
     return {rate: float(metric.kept_share(outcomes[rate].mean(), untouched)) for rate in sorted(outcomes)}
 

@@ -168,11 +168,15 @@ def test_prompt_and_answer_have_to_be_text(tmp_path: Path, line: str) -> None:
         load_questions(path)
 
 
-@pytest.mark.parametrize("count", [4, 100, 0, -1])
-def test_more_questions_than_there_are(tmp_path: Path, count: int) -> None:
+def test_a_count_is_the_most_that_are_read(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "q.jsonl", *[GOOD_LINE] * 3)
-    with pytest.raises(ValueError, match=rf"{count} questions asked for, between 1 and 3"):
-        load_questions(path, count)
+    assert [len(load_questions(path, count)) for count in (1, 3, 100, None)] == [1, 3, 3, 3]
+
+
+def test_an_empty_prompt_is_refused(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "q.jsonl", '{"prompt": "", "answer": "4"}')
+    with pytest.raises(ValueError, match=r"line 1: .*an empty prompt"):
+        load_questions(path)
 
 
 def state(model: LlamaForCausalLM) -> dict[str, torch.Tensor]:

@@ -25,7 +25,11 @@ def test_results_figure_and_provenance_are_written(tmp_path: Path) -> None:
     figure, _ = plt.subplots()
     table = pd.DataFrame({"a": [1, 2]})
     folder = tmp_path / "new" / "folder"
-    write_results(_Parameters(str(folder)), table, sources=["zoo:small/base"], headline="Found.", figure=figure)
+    read = tmp_path / "questions.jsonl"
+    read.write_text("questions")
+    write_results(
+        _Parameters(str(folder)), table, sources=["zoo:small/base"], files=[read], headline="Found.", figure=figure
+    )
     assert sorted(path.name for path in folder.iterdir()) == ["headline.png", "results.parquet", "run.json"]
     pd.testing.assert_frame_equal(pd.read_parquet(folder / "results.parquet"), table)
     run = json.loads((folder / "run.json").read_text())
@@ -34,7 +38,8 @@ def test_results_figure_and_provenance_are_written(tmp_path: Path) -> None:
     assert {"python", "torch", "delta_analysis"} <= set(run["versions"])
     weights = find_root() / "data/zoo/small/base/model.safetensors"
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
-    assert run["files"] == {"zoo:small/base": {"model.safetensors": digest}}
+    assert run["checkpoints"] == {"zoo:small/base": {"model.safetensors": digest}}
+    assert run["files"] == {"questions.jsonl": hashlib.sha256(b"questions").hexdigest()}
     assert (folder / "headline.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -60,6 +65,6 @@ def test_sentences_are_shown_as_text(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [each.data for each in shown] == ["A **finding**."]
 
 
-@pytest.mark.parametrize(("p", "text"), [(0.5, "0.50"), (0.96, "0.960"), (0.999, "0.9990")])
+@pytest.mark.parametrize(("p", "text"), [(0.5, "0.50"), (0.96, "0.960"), (0.9981, "0.9981"), (0.001, "at most 0.001")])
 def test_drop_rates_near_one_keep_their_digits(p: float, text: str) -> None:
     assert drop_rate_text(p) == text

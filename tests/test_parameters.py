@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from delta_analysis.evaluate import ExactMatch, TextPerplexity
+from delta_analysis.family import questions_file
 from delta_analysis.parameters import (
     DareAblationParameters,
     ParameterError,
@@ -60,11 +61,12 @@ def test_wrong_drop_rates_are_refused_by_name(given: object) -> None:
         ({"n_seeds": "5"}, "parameter n_seeds"),
         ({"n_seeds": True}, "parameter n_seeds"),
         ({"first_seed": -1}, "parameter first_seed: must be an integer of at least 0"),
-        ({"n_questions": 501}, "parameter n_questions: .*between 1 and 500"),
         ({"n_questions": 0}, "parameter n_questions"),
         ({"device": "cud"}, "parameter device: must be one of cpu"),
         ({"out_dir": ""}, "parameter out_dir"),
-        ({"out_dir": "README.md"}, "parameter out_dir"),
+        ({"out_dir": "README.md"}, "parameter out_dir: must name a folder that can be made"),
+        ({"out_dir": "README.md/below"}, "parameter out_dir: must name a folder that can be made"),
+        ({"evaluation": 5, **PAIR}, "parameter evaluation: must be one of instruct"),
         ({"evaluation": "math"}, "parameter evaluation: 'math' needs a pair"),
         ({"evaluation": "maths", **PAIR}, "parameter evaluation: must be one of instruct, math, code"),
     ],
@@ -102,14 +104,32 @@ def test_evaluations_follow_the_model_the_name_or_the_file(tmp_path: Path) -> No
 
     questions = tmp_path / "own.jsonl"
     questions.write_text('{"prompt": "a", "answer": "b"}\n')
-    with pytest.raises(ParameterError, match="parameter n_questions: .*200 questions asked for"):
-        evaluation(evaluation=str(questions))
+    own = evaluation(evaluation=str(questions))
+    assert isinstance(own, ExactMatch)
+    assert [question.answer for question in own.questions] == ["b"]
     questions.write_text("{}\n")
     with pytest.raises(ParameterError, match="parameter evaluation: .*line 1"):
         evaluation(evaluation=str(questions))
     text = tmp_path / "own.txt"
     text.write_text("some text")
     assert evaluation(evaluation=str(text)) == TextPerplexity("some text")
+    for unreadable in (b"", "text".encode("utf-16")):
+        text.write_bytes(unreadable)
+        with pytest.raises(ParameterError, match="parameter evaluation: .*own.txt"):
+            evaluation(evaluation=str(text))
+
+
+def test_a_bare_file_is_measured_but_not_evaluated() -> None:
+    files = {name: f"{source.replace('zoo:', 'data/zoo/')}/model.safetensors" for name, source in PAIR.items()}
+    assert replace(RANGES, **files).relations()[0].name == "model.safetensors → model.safetensors"
+    with pytest.raises(ParameterError, match="parameter finetuned: .*evaluation needs a directory"):
+        replace(ABLATION, **files)
+
+
+def test_the_evaluation_shown_is_the_one_used() -> None:
+    chosen = replace(ABLATION, **PAIR, evaluation="instruct")  # type: ignore[arg-type]
+    assert chosen.relations()[0].task == "instruct"
+    assert chosen.evaluation_files() == [questions_file("instruct")]
 
 
 def test_seeds_are_consecutive() -> None:

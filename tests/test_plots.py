@@ -67,6 +67,13 @@ def test_the_tolerated_rate_is_marked_with_its_interval(curve: pd.DataFrame) -> 
     assert (span.x0, span.x1) == (pytest.approx(logit(0.4)), pytest.approx(logit(0.6)))
 
 
+def test_reference_lines_stand_at_the_untouched_model_and_the_base(curve: pd.DataFrame) -> None:
+    _, ax = plt.subplots()
+    plots.reference_lines(curve[curve["pair"] == "a → b"], ax=ax)
+    assert [float(line.get_ydata()[0]) for line in ax.get_lines()] == [1.0, 0.1]
+    assert [text.get_text() for text in ax.texts] == ["untouched model", "all dropped (p = 1)"]
+
+
 def test_magnitude_quantiles_show_every_pair_and_reference(ranges: pd.DataFrame) -> None:
     table = pd.concat([ranges.head(1).assign(pair="a → b"), ranges.tail(1).assign(pair="c → d")])
     ax = plots.magnitude_quantiles(table)
