@@ -200,16 +200,19 @@ def reference_lines(curve: pd.DataFrame, *, ax: Axes) -> Axes:
 
     `curve` is the table of one pair and method, drop rates 0 and 1 among its rows.
     """
-    for drop_rate, label in ((0.0, "untouched model"), (1.0, "all dropped (p = 1)")):
+    for drop_rate, label, offset, side in (
+        (0.0, "untouched model", -3, "top"),
+        (1.0, "all dropped (p = 1)", 2, "bottom"),
+    ):
         for value in curve.loc[curve["drop_rate"] == drop_rate, "value"]:
             ax.axhline(value, color=GREY, lw=0.9, ls="--", zorder=1)
             ax.annotate(
                 label,
                 (0.12, value),
                 xycoords=ax.get_yaxis_transform(),
-                xytext=(0, 2),
+                xytext=(0, offset),
                 textcoords="offset points",
-                va="bottom",
+                va=side,
                 size="x-small",
                 color=GREY,
             )

@@ -338,7 +338,7 @@ def test_tolerance_of_pairs_with_known_thresholds(sources: tuple[str, str]) -> N
     pairs = [Pair(name, *sources, KeepsUntil(threshold)) for name, threshold in thresholds.items()]
     cells = sweep(pairs, GRID, SEEDS)
     tolerances, refined = measure_tolerance(pairs, Dare(0.5), SEEDS, cells)
-    assert list(tolerances.columns) == ["pair", "tolerated", "low", "high", "untouched"]
+    assert list(tolerances.columns) == ["pair", "tolerated", "low", "high", "untouched", "kept_at_1"]
     assert tolerances["pair"].tolist() == list(thresholds)
     assert tolerances["untouched"].tolist() == [1.0] * 3
     for row in tolerances.itertuples():

@@ -98,7 +98,7 @@ def test_value_ranges_of_another_pair(tmp_path: Path) -> None:
     assert set(results["pair"]) == {"base → math"}
     assert (results["table"] == "tensor").sum() == 38
     run = json.loads((tmp_path / "results" / "run.json").read_text())
-    assert run["headline"].startswith("base → math: half of the entries are below")
+    assert run["headline"].startswith("base → math: half of the entries are at most")
 
 
 def test_dare_ablation_of_another_pair(tmp_path: Path) -> None:
