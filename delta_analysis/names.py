@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 Kind = Literal["linear", "embedding", "norm", "bias"]
-KINDS: tuple[Kind, ...] = ("linear", "embedding", "norm", "bias")
 
 NO_LAYER = -1
 """Layer of tensors that stand outside the stack: embeddings, the last norm, heads."""

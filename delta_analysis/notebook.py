@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import importlib.metadata
 import json
 import platform
@@ -16,7 +15,7 @@ from IPython.display import Markdown, display
 from matplotlib.figure import Figure
 
 from delta_analysis.checkpoint import open_checkpoint
-from delta_analysis.paths import resolve
+from delta_analysis.paths import resolve, sha256
 from delta_analysis.tolerance import HIGHEST, LOWEST
 
 PACKAGES = ("delta_analysis", "torch", "transformers", "numpy", "pandas", "safetensors")
@@ -107,12 +106,6 @@ def write_results(
 def file_hashes(source: str) -> dict[str, str]:
     """SHA-256 of each weight file of a checkpoint."""
     return {path.name: sha256(path) for path in open_checkpoint(source).files()}
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, read in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _replace(path: Path, write: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 from delta_analysis._errors import CheckpointError
@@ -29,6 +30,12 @@ def find_input(path: str | Path) -> Path:
     """A path to read: from the working directory if it is there, else relative to the repository."""
     given = Path(path).expanduser()
     return given.resolve() if given.exists() else resolve(given)
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def zoo_names() -> list[str]:

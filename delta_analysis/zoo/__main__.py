@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
 import json
 import platform
 from pathlib import Path
@@ -18,7 +17,7 @@ import transformers
 from delta_analysis.checkpoint import open_checkpoint
 from delta_analysis.evaluate import ExactMatch, Question, load_model, load_tokenizer
 from delta_analysis.family import TASKS
-from delta_analysis.paths import find_root
+from delta_analysis.paths import find_root, sha256
 from delta_analysis.zoo.recipe import RECIPES, Recipe, Stage
 from delta_analysis.zoo.skills import ARITHMETIC_SKILLS, CODE_SKILLS, STRING_SKILLS, questions, raw_questions
 from delta_analysis.zoo.train import train_stage
@@ -99,11 +98,6 @@ def accuracies(directory: Path, tasks: Path) -> dict[str, float]:
         judge = ExactMatch(tuple(Question(**item) for item in items))
         found[name] = round(float(judge(model, tokenizer).mean()), 4)
     return found
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 if __name__ == "__main__":
