@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,7 +18,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from delta_analysis.names import KINDS, NO_LAYER, parse_name, reading_order
+from delta_analysis.names import NO_LAYER, Kind, parse_name, reading_order
 
 SIZES = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 3, "num_attention_heads": 2, "vocab_size": 11}
 PART = st.from_regex(r"[a-z][a-z_]{0,8}", fullmatch=True)
@@ -110,7 +112,7 @@ def test_any_name_is_read(name: str, ndim: int) -> None:
     layer, module, kind = parse_name(name, ndim)
     assert layer >= NO_LAYER
     assert module
-    assert kind in KINDS
+    assert kind in get_args(Kind)
     assert (kind in ("linear", "embedding")) == (ndim >= 2)
 
 
