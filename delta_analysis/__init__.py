@@ -5,7 +5,7 @@ from delta_analysis._errors import CheckpointError, NotHomologousError
 from delta_analysis.checkpoint import Checkpoint, open_checkpoint
 from delta_analysis.delta import Delta, load_delta
 from delta_analysis.evaluate import ExactMatch, Question, TextPerplexity, load_questions, patched
-from delta_analysis.pruning import Dare
+from delta_analysis.pruning import Dare, Magnitude, MagPrune
 from delta_analysis.ranges import magnitude_histogram, value_ranges
 from delta_analysis.sweep import Pair, drop_curve, sweep
 from delta_analysis.tolerance import measure_tolerance
@@ -16,6 +16,8 @@ __all__ = [
     "Dare",
     "Delta",
     "ExactMatch",
+    "MagPrune",
+    "Magnitude",
     "NotHomologousError",
     "Pair",
     "Question",

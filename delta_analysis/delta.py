@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Protocol
 
 import pandas as pd
 import torch
@@ -14,14 +14,9 @@ import torch
 from delta_analysis._errors import NotHomologousError
 from delta_analysis.checkpoint import FLOAT_DTYPES, Checkpoint, open_checkpoint
 from delta_analysis.names import reading_order
+from delta_analysis.pruning import Prune, Pruner, prepared
 
 COMPARED = "compared"
-
-
-class Pruner(Protocol):
-    """Anything that makes a pruned tensor out of a tensor, its name and a seed."""
-
-    def __call__(self, tensor: torch.Tensor, *, name: str, seed: int) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,12 +58,23 @@ class Delta(Mapping[str, torch.Tensor]):
         finetuned = self.finetuned[name].to(torch.float32)
         base = torch.zeros_like(finetuned) if self.base is None else self.base[name].to(torch.float32)
         tensor = finetuned - base
-        for pruner, seed in self.edits:
-            tensor = pruner(tensor, name=name, seed=seed)
+        for prune, seed in self._prunes:
+            tensor = prune(tensor, name=name, seed=seed)
         return tensor, base
+
+    @cached_property
+    def _prunes(self) -> tuple[tuple[Prune, int], ...]:
+        """The pruners made ready; one that compares all tensors reads them, as the edits before it leave them."""
+        before = (replace(self, edits=self.edits[:i]) for i in range(len(self.edits)))
+        return tuple(
+            (prepared(pruner, delta, seed), seed) for (pruner, seed), delta in zip(self.edits, before, strict=True)
+        )
 
     def pruned(self, pruner: Pruner, *, seed: int) -> Delta:
         """The same delta with `pruner` applied to each tensor as it is read.
+
+        Nothing is read now. A pruner that compares the entries of all tensors, such as
+        `Magnitude(0.9, scope="model")`, reads the delta three times before the first item.
 
         Parameters
         ----------

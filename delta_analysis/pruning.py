@@ -1,19 +1,52 @@
-"""Pruning operators: which entries of a delta are dropped, and how the rest is rescaled."""
+"""Pruning operators: which entries of a delta are dropped, and how the rest is rescaled.
+
+Each operator has one shape: the probability of dropping an entry, the mask from the random numbers
+named by (seed, tensor), the rescaling of what is left. The arithmetic is float32 whatever the
+storage; the result has the input's dtype, shape and device.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from numbers import Real
+from typing import Literal, Protocol
 
 import torch
 
 from delta_analysis._errors import one_of
-from delta_analysis.philox import random_bits
+from delta_analysis.blocks import kernels_for, new_tensor, row_length
+from delta_analysis.cut import Cut, find_cut
+from delta_analysis.philox import stream_key
+from delta_analysis.rescaling import Rescale, check_rescale, match_norm, rescale_name, uniform_factor
+from delta_analysis.rows import drop_by_rank, drop_least, drop_rows, shares_of_range
+from delta_analysis.storage import NATIVE
 
-Rescale = str | float
-RESCALES = ("inverse_keep", "none")
-_RANGE = 2**32
+SCOPES = ("tensor", "row", "model")
+RANKS = ("row", "tensor", "value")
+WIDEST = 0.9
+"""The widest window as a share of the one at which a probability would reach 0 or 1."""
+
+
+Prune = Callable[..., torch.Tensor]
+"""Called as `(tensor, name=…, seed=…)`."""
+
+
+class Pruner(Protocol):
+    """Makes a pruned tensor out of a tensor, its name and a seed: a frozen dataclass such as `Dare`.
+
+    `method` is what tables and figures call it, whatever the drop rate.
+    """
+
+    @property
+    def drop_rate(self) -> float: ...
+    @property
+    def rescale(self) -> Rescale: ...
+    @property
+    def method(self) -> str: ...
+    def __call__(self, tensor: torch.Tensor, *, name: str, seed: int) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -22,23 +55,25 @@ class Dare:
 
     Entry i of tensor `name` under `seed` is dropped when its 32-bit random number is below
     `round(p · 2³²)`. So masks are nested (what is kept at 0.9 is kept at 0.5 too) and do not
-    depend on the order of tensors, on chunks, on the device or on the dtype.
+    depend on the order of tensors, on chunks, on threads, on the device or on the dtype.
 
     With `inverse_keep` the result is unbiased: mean δ, variance `p/(1-p) · δ²` an entry.
 
     Parameters
     ----------
     drop_rate : p, in [0, 1]; 0 changes nothing (up to float32), 1 gives zeros.
-    rescale : `"inverse_keep"`, the factor 1/(1-p); `"none"`, drop only; or the factor itself, a
-        finite number ≥ 1 (the 1/q of DAREx).
+    rescale : `"inverse_keep"`, the factor 1/(1-p); `"none"`, drop only; `"l1"` or `"l2"`, the factor
+        that gives each tensor its norm back (Σ|δ| or √Σδ²); or the factor itself, a finite number
+        ≥ 1 (the 1/q of DAREx).
 
     Raises
     ------
     ValueError
-        A drop rate outside [0, 1], or a rescale of no known form.
+        A drop rate outside [0, 1], or a rescale of no known form. When called: a tensor of NaN or
+        infinite entries whose norm is to be matched.
 
     Source: Yu et al., "Language Models are Super Mario" (DARE), arXiv 2311.03099, section 3; factor
-    1/q: Deng et al., DAREx, arXiv 2410.09344.
+    1/q: Deng et al., DAREx, arXiv 2410.09344; L1: what mergekit does since its version 0.1.0.
 
     Examples
     --------
@@ -57,26 +92,185 @@ class Dare:
     @property
     def method(self) -> str:
         """What tables and figures call it."""
-        return {"inverse_keep": "DARE", "none": "drop only"}.get(str(self.rescale), f"drop × {self.rescale}")
+        names = {"inverse_keep": "DARE", "none": "drop only", "l1": "drop + L1", "l2": "drop + L2"}
+        return names.get(str(self.rescale), f"drop × {self.rescale}")
 
     def __call__(self, tensor: torch.Tensor, *, name: str, seed: int) -> torch.Tensor:
-        """The pruned tensor, of the input's shape and dtype; the arithmetic is float32."""
-        kept = keep_mask(tensor.shape, self.drop_rate, name=name, seed=seed).to(tensor.device)
-        scaled = tensor.to(torch.float32) * rescale_factor(self.rescale, self.drop_rate)
-        return torch.where(kept, scaled, 0.0).to(tensor.dtype)
+        """The pruned tensor, of the input's shape, dtype and device."""
+        kernels, key = kernels_for(tensor.device), stream_key(seed, name)
+        p, factor = float(self.drop_rate), uniform_factor(self.rescale, self.drop_rate)
+        pruned = new_tensor(
+            tensor, lambda values, start, out: kernels.drop(values, p, factor, key, start, out), dtypes=NATIVE
+        )
+        return match_norm(pruned, tensor, self.rescale, name)
 
 
-def keep_mask(shape: torch.Size, drop_rate: float, *, name: str, seed: int) -> torch.Tensor:
-    """True where an entry survives: its random number is not below `round(p · 2³²)`."""
-    bits = random_bits(math.prod(shape), seed=seed, name=name)
-    return torch.from_numpy(bits >= round(drop_rate * _RANGE)).reshape(shape)
+@dataclass(frozen=True)
+class Magnitude:
+    """Drop the entries of least magnitude, exactly `round(p · n)` of n (MP).
+
+    Among entries of equal |δ| the random numbers of (seed, name) decide, then the position; without
+    ties nothing is random.
+
+    Parameters
+    ----------
+    drop_rate : p, in [0, 1]; 0 changes nothing (up to float32), 1 gives zeros.
+    scope : among which entries the least are sought: `"tensor"`; `"row"`, all that feed one output
+        (the first dimension; a vector is one row); or `"model"`, all tensors of a delta together,
+        which works inside `Delta.pruned` and in sweeps only, and takes three passes over the delta.
+    rescale : `"none"`; or as for `Dare`. With 1/(1-p) the result is far larger than the delta, since
+        the entries that are kept are the large ones.
+
+    Raises
+    ------
+    ValueError
+        A drop rate outside [0, 1], a scope or rescale of no known form. When called: scope `"model"`
+        on a single tensor.
+
+    Source: DARE, arXiv 2311.03099, section 4.5, without its inflation of the drop rate by ties.
+
+    Examples
+    --------
+    >>> delta = torch.tensor([1.0, -2.0, 3.0, -4.0])
+    >>> Magnitude(0.5)(delta, name="w", seed=0)
+    tensor([ 0.,  0.,  3., -4.])
+    """
+
+    drop_rate: float
+    scope: Literal["tensor", "row", "model"] = "tensor"
+    rescale: Rescale = "none"
+
+    def __post_init__(self) -> None:
+        check_drop_rate(self.drop_rate)
+        if self.scope not in SCOPES:
+            raise ValueError(one_of("scope", self.scope, SCOPES))
+        check_rescale(self.rescale)
+
+    @property
+    def method(self) -> str:
+        """What tables and figures call it."""
+        return "MP" + ("" if self.scope == "tensor" else f" by {self.scope}") + rescale_name(self.rescale, "none")
+
+    def __call__(self, tensor: torch.Tensor, *, name: str, seed: int) -> torch.Tensor:
+        """The pruned tensor, of the input's shape, dtype and device."""
+        if self.scope == "model":
+            raise ValueError(
+                f"scope='model' compares entries of all tensors, and {name!r} is one; use delta.pruned(pruner, seed=…)"
+            )
+        if self.scope == "row" and row_length(tensor) < tensor.numel():
+            count = round(self.drop_rate * row_length(tensor))
+            factor = uniform_factor(self.rescale, self.drop_rate)
+            return match_norm(drop_least(tensor, count, factor, stream_key(seed, name)), tensor, self.rescale, name)
+        return self.drop_below(self.cut({name: tensor}, seed), tensor, name=name, seed=seed)
+
+    def cut(self, tensors: Mapping[str, torch.Tensor], seed: int) -> Cut:
+        """Where the entries to drop end, in the order of magnitudes over all these tensors."""
+        numel = sum(tensor.numel() for tensor in tensors.values())
+        return find_cut(tensors.items, round(self.drop_rate * numel), seed=seed)
+
+    def drop_below(self, cut: Cut, tensor: torch.Tensor, *, name: str, seed: int) -> torch.Tensor:
+        """One of the tensors whose cut was found, pruned."""
+        kernels, key = kernels_for(tensor.device), stream_key(seed, name)
+        place, factor = cut.within(name), uniform_factor(self.rescale, self.drop_rate)
+        pruned = new_tensor(
+            tensor, lambda values, start, out: kernels.drop_below(values, place, factor, key, start, out), dtypes=NATIVE
+        )
+        return match_norm(pruned, tensor, self.rescale, name)
 
 
-def rescale_factor(rescale: Rescale, drop_rate: float) -> float:
-    """What survivors are multiplied by; at p = 1 nothing survives and the factor is 1."""
-    if rescale == "none" or drop_rate == 1:
-        return 1.0
-    return 1 / (1 - drop_rate) if rescale == "inverse_keep" else float(rescale)
+@dataclass(frozen=True)
+class MagPrune:
+    """Drop entries at random, small ones more often than large ones (DELLA's MAGPRUNE).
+
+    The probability falls linearly with the rank r = 1 … n of |δ|, over a window centred on p:
+    `p_i = p + window · (1/2 - (r_i - 1)/(n - 1))`, so that its mean is p exactly; equal magnitudes
+    share their mean rank. Ranks are integers whatever the dtype. The random numbers are those of
+    `Dare`, and with a window of 0 so is the result.
+
+    Parameters
+    ----------
+    drop_rate : p, in [0, 1]; 0 and 1 leave no room and accept any window.
+    window : full width of the probabilities (the paper's ε; half of it is mergekit's), at least 0,
+        at most 2p and below 2(1-p); `"widest"` is `1.8 · min(p, 1-p)`.
+    rank : where magnitudes are ranked: in each `"row"` (all that feed one output; a vector is one
+        row), in the whole `"tensor"`, or not at all: `"value"` puts the magnitude itself, scaled
+        from its least to its greatest in the row, in place of the rank. An outlier then moves all
+        others towards the high end, and the mean probability is above p.
+    rescale : `"inverse_keep"`, for each entry its own 1/(1-p_i), which leaves the mean unchanged; or
+        as for `Dare`, one factor for all.
+
+    Raises
+    ------
+    ValueError
+        A drop rate outside [0, 1]; a window that would take a probability out of [0, 1), with the
+        largest one allowed; a rank or rescale of no known form. When called with `rank="value"`: NaN
+        or infinite entries.
+
+    Source: Deep et al., DELLA, arXiv 2406.11617, and its released code (functions rank_magnitude,
+    rank_magnitude_layer, magnitude_sample).
+
+    Examples
+    --------
+    >>> delta = torch.tensor([1.0, -2.0, 3.0, -4.0])
+    >>> MagPrune(0.5, window=0.8)(delta, name="w", seed=0)
+    tensor([ 0.0000, -5.4545,  0.0000, -4.4444])
+    """
+
+    drop_rate: float
+    window: Literal["widest"] | float = "widest"
+    rank: Literal["row", "tensor", "value"] = "row"
+    rescale: Rescale = "inverse_keep"
+
+    def __post_init__(self) -> None:
+        check_drop_rate(self.drop_rate)
+        check_window(self.window, self.drop_rate)
+        if self.rank not in RANKS:
+            raise ValueError(one_of("rank", self.rank, RANKS))
+        check_rescale(self.rescale)
+
+    @property
+    def method(self) -> str:
+        """What tables and figures call it."""
+        window = "" if self.window == "widest" else f", window {self.window:g}"
+        rank = "" if self.rank == "row" else f" by {self.rank}"
+        return f"MAGPRUNE{rank}{rescale_name(self.rescale, 'inverse_keep')}{window}"
+
+    @property
+    def width(self) -> float:
+        """The window as a number; 0 where p leaves no room."""
+        room = 2 * min(self.drop_rate, 1 - self.drop_rate)
+        return WIDEST * room if self.window == "widest" else float(self.window) if room else 0.0
+
+    def __call__(self, tensor: torch.Tensor, *, name: str, seed: int) -> torch.Tensor:
+        """The pruned tensor, of the input's shape, dtype and device."""
+        key = stream_key(seed, name)
+        factor = None if self.rescale == "inverse_keep" else uniform_factor(self.rescale, self.drop_rate)
+        if self.rank == "value":
+            pruned = drop_rows(tensor, row_length(tensor), partial(self._by_value, name), factor, key)
+        else:
+            row = tensor.numel() if self.rank == "tensor" else row_length(tensor)
+            pruned = drop_by_rank(tensor, row, partial(self._by_rank, row), factor, key)
+        return match_norm(pruned, tensor, self.rescale, name)
+
+    def _by_rank(self, count: int, sums: torch.Tensor) -> torch.Tensor:
+        """Probabilities for sums of first and last rank among `count` entries, in place of them."""
+        fall = self.width / (2 * max(count - 1, 1))
+        return sums.mul_(-fall).add_(self.drop_rate + self.width / 2 * (count > 1) + 2 * fall)
+
+    def _by_value(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        """Probabilities for the entries of float32 rows."""
+        return self.drop_rate + self.width / 2 - self.width * shares_of_range(rows, name)
+
+
+def prepared(pruner: Pruner, tensors: Mapping[str, torch.Tensor], seed: int) -> Prune:
+    """The pruner as it acts on the tensors of one delta.
+
+    Magnitude pruning over the whole model has to read all tensors first; every other pruner is
+    ready as it is.
+    """
+    if isinstance(pruner, Magnitude) and pruner.scope == "model":
+        return partial(pruner.drop_below, pruner.cut(tensors, seed))
+    return pruner
 
 
 def check_drop_rate(drop_rate: float) -> None:
@@ -85,12 +279,14 @@ def check_drop_rate(drop_rate: float) -> None:
         raise ValueError(f"drop_rate must be a number in [0, 1], the share of entries set to zero; not {drop_rate!r}")
 
 
-def check_rescale(rescale: Rescale) -> None:
-    """Raise unless the rescale is a known name or a factor of at least 1."""
-    if isinstance(rescale, str) and rescale in RESCALES:
+def check_window(window: str | float, drop_rate: float) -> None:
+    """Raise unless the window is "widest" or a width that keeps every probability in [0, 1)."""
+    if isinstance(window, str) and window == "widest":
         return
-    if not isinstance(rescale, Real) or isinstance(rescale, bool):
-        raise ValueError(one_of("rescale", rescale, RESCALES) + ", nor a factor of at least 1")
-    if not math.isfinite(rescale) or rescale < 1:
-        hint = f"; was q meant? Its factor is 1/q = {1 / rescale:g}" if 0 < rescale < 1 else ""
-        raise ValueError(f"rescale as a number is the factor itself and must be at least 1; not {rescale!r}{hint}")
+    if not isinstance(window, Real) or isinstance(window, bool) or not 0 <= window < math.inf:
+        raise ValueError(f"window must be 'widest' or a width of at least 0; not {window!r}")
+    if 0 < drop_rate < 1 and not (0 <= drop_rate - window / 2 and drop_rate + window / 2 < 1):
+        limit = f"at most {2 * drop_rate:g}" if drop_rate < 0.5 else f"below {2 * (1 - drop_rate):g}"
+        raise ValueError(
+            f"window {window!r} takes drop probabilities out of [0, 1) at drop rate {drop_rate!r}; it must be {limit}"
+        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from threading import Lock
 from typing import Protocol, TypeVar
 
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from delta_analysis.delta import load_delta
 from delta_analysis.evaluate import load_model, load_tokenizer, patched
 from delta_analysis.intervals import METRICS, metric_interval
-from delta_analysis.pruning import Dare
+from delta_analysis.pruning import Pruner, prepared
 
 Result = TypeVar("Result")
 _LOADING = Lock()
@@ -40,12 +40,13 @@ class Pair:
     Attributes
     ----------
     name : how tables and figures call the pair, `base → fine-tune`.
-    base, finetuned : sources as `load_delta` takes them.
+    base, finetuned : sources as `load_delta` takes them; without a base (None) it is the fine-tuned
+        weights themselves that are dropped.
     evaluation : such as `ExactMatch(questions)` or `TextPerplexity(text)`.
     """
 
     name: str
-    base: str
+    base: str | None
     finetuned: str
     evaluation: Evaluation
 
@@ -71,15 +72,16 @@ class EditableModel:
             model = load_model(lazy.finetuned, device)
         return cls(pair, model, load_tokenizer(lazy.finetuned), base, delta)
 
-    def judge(self, pruner: Dare, seed: int) -> dict[str, object]:
+    def judge(self, pruner: Pruner, seed: int) -> dict[str, object]:
         """One cell of a sweep: prune, patch the model, evaluate, restore the model."""
         started = time.perf_counter()
         nonzero, left = 0, 0
+        prune = prepared(pruner, self.delta, seed)
 
         def edited() -> Iterator[tuple[str, torch.Tensor]]:
             nonlocal nonzero, left
             for name, tensor in self.delta.items():
-                pruned = pruner(tensor, name=name, seed=seed)
+                pruned = prune(tensor, name=name, seed=seed)
                 nonzero += int(torch.count_nonzero(tensor))
                 left += int(torch.count_nonzero(pruned))
                 yield name, self.base[name] + pruned
@@ -102,7 +104,14 @@ class EditableModel:
             "achieved_drop_rate": 1 - left / nonzero if nonzero else 0.0,
             "seconds": time.perf_counter() - started,
             "outcomes": outcomes.tolist(),
+            **options(pruner),
         }
+
+
+def options(pruner: Pruner) -> dict[str, object]:
+    """What a pruner has beyond drop rate and rescale, as columns such as `option_window`."""
+    own = [each.name for each in fields(pruner) if each.name not in ("drop_rate", "rescale")]  # type: ignore[arg-type]
+    return {f"option_{name}": str(getattr(pruner, name)) for name in own}
 
 
 def for_each_pair(work: Callable[[Pair], Result], pairs: Sequence[Pair], workers: int) -> list[Result]:
@@ -118,7 +127,7 @@ def for_each_pair(work: Callable[[Pair], Result], pairs: Sequence[Pair], workers
 
 
 def sweep(
-    pairs: Sequence[Pair], pruners: Sequence[Dare], seeds: Sequence[int], *, device: str = "cpu", workers: int = 1
+    pairs: Sequence[Pair], pruners: Sequence[Pruner], seeds: Sequence[int], *, device: str = "cpu", workers: int = 1
 ) -> pd.DataFrame:
     """Judge every pair under every pruner and seed.
 
@@ -129,7 +138,7 @@ def sweep(
     Parameters
     ----------
     pairs : what is compared and how it is judged.
-    pruners : such as `[Dare(0.5), Dare(0.9)]`.
+    pruners : such as `[Dare(0.5), Magnitude(0.5)]`.
     seeds : one mask for each; masks are nested across drop rates and shared by rescale variants.
     device : where the model runs.
     workers : how many pairs are judged at a time, each with a model in memory and one core.
@@ -138,7 +147,8 @@ def sweep(
     -------
     DataFrame, one row a cell: `pair, method, drop_rate, rescale, scope, seed, metric`; `value` with
     its 95% interval `low, high` over items; `achieved_drop_rate` of the entries that were not zero;
-    `seconds`; `outcomes`, one for each item.
+    `seconds`; `outcomes`, one for each item; a column `option_<name>` for each option of a pruner
+    beyond drop rate and rescale, missing where it has none.
     """
     plan = [(pruner, seed) for pruner in pruners for seed in (seeds if 0 < pruner.drop_rate < 1 else list(seeds)[:1])]
     with tqdm(total=len(plan) * len(pairs), unit="cell", disable=None) as progress:

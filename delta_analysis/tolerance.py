@@ -17,7 +17,7 @@ from delta_analysis.intervals import (
     resampled_means,
     two_way_resamples,
 )
-from delta_analysis.pruning import Dare
+from delta_analysis.pruning import Pruner
 from delta_analysis.sweep import EditableModel, Pair, for_each_pair, outcome_matrix
 
 KEPT_SHARE = 0.95
@@ -38,7 +38,7 @@ def inverse_logit(x: float) -> float:
 
 def measure_tolerance(
     pairs: Sequence[Pair],
-    pruner: Dare,
+    pruner: Pruner,
     seeds: Sequence[int],
     cells: pd.DataFrame,
     *,
@@ -80,7 +80,8 @@ def measure_tolerance(
         editable = None
         while (rate := next_rate(metric, outcomes)) is not None:
             editable = editable or EditableModel.load(pair, device)
-            judged = [editable.judge(replace(pruner, drop_rate=rate), seed) for seed in seeds]
+            at_rate: Pruner = replace(pruner, drop_rate=rate)  # type: ignore[type-var]
+            judged = [editable.judge(at_rate, seed) for seed in seeds]
             outcomes[rate] = outcome_matrix(pd.DataFrame(judged))
             added += judged
         tolerated, low, high = tolerated_interval(metric, outcomes)
@@ -93,7 +94,7 @@ def measure_tolerance(
     return pd.DataFrame([row for row, _ in found]), refined
 
 
-def known_cells(cells: pd.DataFrame, pair: Pair, pruner: Dare, seeds: Sequence[int]) -> pd.DataFrame:
+def known_cells(cells: pd.DataFrame, pair: Pair, pruner: Pruner, seeds: Sequence[int]) -> pd.DataFrame:
     """The cells of a pair under the pruner's method, with the untouched model of whichever method."""
     here = cells[cells["pair"] == pair.name]
     known = here[(here["method"] == pruner.method) & (here["drop_rate"] > 0)]

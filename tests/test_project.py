@@ -20,8 +20,13 @@ ROOT = find_root()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LAYERS = (
     ("_errors", "names"),
-    ("paths", "philox"),
-    ("checkpoint", "pruning"),
+    ("paths", "philox", "storage"),
+    ("checkpoint", "kernels"),
+    ("torch_kernels",),
+    ("blocks",),
+    ("cut", "rescaling"),
+    ("rows",),
+    ("pruning",),
     ("delta", "intervals"),
     ("ranges", "generation"),
     ("evaluate",),

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from delta_analysis.delta import load_delta
 from delta_analysis.philox import random_bits
-from delta_analysis.pruning import Dare, keep_mask, rescale_factor
+from delta_analysis.pruning import Dare
+from delta_analysis.rescaling import uniform_factor
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SHAPES = [(), (1,), (7,), (3, 5), (2, 3, 4), (2, 3, 1, 4), (0,), (3, 0, 2)]
@@ -53,7 +54,7 @@ def test_drop_rule_against_the_reference(drop_rate: float, seed: int, name: str)
 def test_threshold_is_rounded_and_the_comparison_is_strict(offset: float) -> None:
     # Entry i falls when the threshold passes u_i: at u_i itself, or rounded down to it, it survives.
     for i, u in enumerate(random_bits(40, name="w", seed=0).tolist()):
-        kept = keep_mask(torch.Size([40]), (u + offset) / 2**32, name="w", seed=0)
+        kept = Dare((u + offset) / 2**32, "none")(torch.ones(40), name="w", seed=0)
         assert bool(kept[i]) == (offset < 0.5)
 
 
@@ -130,7 +131,7 @@ def test_drop_rate_one_gives_zeros(dtype: torch.dtype, rescale: str | float, dro
 
 
 def test_factor_at_drop_rate_one_is_finite() -> None:
-    assert [rescale_factor(rescale, 1) for rescale in RESCALES] == [1.0] * 4
+    assert [uniform_factor(rescale, 1) for rescale in RESCALES] == [1.0] * 4
 
 
 def test_nan_stays_where_it_is() -> None:
@@ -258,9 +259,9 @@ def test_numpy_numbers_are_numbers(drop_rate: float) -> None:
     assert torch.equal(Dare(drop_rate)(delta, name="w", seed=0), Dare(float(drop_rate))(delta, name="w", seed=0))
 
 
-@pytest.mark.parametrize("rescale", ["inverse", "l2", "", "2.0", "None"])
+@pytest.mark.parametrize("rescale", ["inverse", "l3", "", "2.0", "None"])
 def test_unknown_rescale_lists_the_known_ones(rescale: str) -> None:
-    with pytest.raises(ValueError, match="'inverse_keep', 'none'") as raised:
+    with pytest.raises(ValueError, match="'inverse_keep', 'none', 'l1', 'l2'") as raised:
         Dare(0.5, rescale)
     assert repr(rescale) in str(raised.value)
 
