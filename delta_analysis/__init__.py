@@ -3,6 +3,8 @@
 from delta_analysis import plots
 from delta_analysis._errors import CheckpointError, NotHomologousError
 from delta_analysis.checkpoint import Checkpoint, open_checkpoint
+from delta_analysis.comparison import best_methods, lead
+from delta_analysis.damage import damage_summary, pruning_damage
 from delta_analysis.delta import Delta, load_delta
 from delta_analysis.evaluate import ExactMatch, Question, TextPerplexity, load_questions, patched
 from delta_analysis.pruning import Dare, Magnitude, MagPrune
@@ -22,7 +24,10 @@ __all__ = [
     "Pair",
     "Question",
     "TextPerplexity",
+    "best_methods",
+    "damage_summary",
     "drop_curve",
+    "lead",
     "load_delta",
     "load_questions",
     "magnitude_histogram",
@@ -30,6 +35,7 @@ __all__ = [
     "open_checkpoint",
     "patched",
     "plots",
+    "pruning_damage",
     "sweep",
     "value_ranges",
 ]

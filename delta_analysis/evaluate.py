@@ -184,6 +184,11 @@ class ExactMatch:
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1; not {self.batch_size}")
 
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The questions with their answers."""
+        return tuple(question.prompt + question.answer for question in self.questions)
+
     def __call__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
         right = np.zeros(len(self.questions))
         # Alike in length, so that little is padded.
@@ -215,6 +220,11 @@ class TextPerplexity:
     def __post_init__(self) -> None:
         if not 1 <= self.stride < self.window:
             raise ValueError(f"stride must be between 1 and window - 1 = {self.window - 1}; not {self.stride}")
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The paragraphs of the text."""
+        return tuple(part for part in self.text.split("\n\n") if part.strip())
 
     def __call__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
         ids = torch.tensor([tokenizer(self.text, add_special_tokens=False, verbose=False)["input_ids"]])

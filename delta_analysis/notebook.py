@@ -15,6 +15,7 @@ from IPython.display import Markdown, display
 from matplotlib.figure import Figure
 
 from delta_analysis.checkpoint import open_checkpoint
+from delta_analysis.intervals import Interval
 from delta_analysis.paths import resolve, sha256
 from delta_analysis.tolerance import HIGHEST, LOWEST
 
@@ -49,9 +50,21 @@ def percent_range(shares: pd.Series, digits: int = 0) -> str:
     return ends[0] if ends[0] == ends[1] else f"{ends[0]} to {ends[1]}"
 
 
+def interval_text(interval: Interval, digits: int = 2) -> str:
+    """A value with the ends of its interval.
+
+    Examples
+    --------
+    >>> interval_text(Interval(0.456, 0.3, 0.61), digits=1)
+    '0.5 [0.3, 0.6]'
+    """
+    value, low, high = (f"{0.0 if round(x, digits) == 0 else x:.{digits}f}" for x in interval)
+    return f"{value} [{low}, {high}]"
+
+
 def table(frame: pd.DataFrame, digits: int = 2) -> pd.DataFrame:
     """A table for reading: rounded, its axes without names of their own."""
-    return frame.round(digits).rename_axis(index=None, columns=None)
+    return frame.round(digits).rename_axis(index=[None] * frame.index.nlevels, columns=[None] * frame.columns.nlevels)
 
 
 def drop_rate_text(p: float) -> str:

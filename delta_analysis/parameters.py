@@ -22,6 +22,7 @@ from delta_analysis.family import (
     Relation,
     questions_file,
     sample_text_file,
+    trail,
 )
 from delta_analysis.paths import find_input, resolve
 from delta_analysis.sweep import Evaluation, Pair
@@ -58,8 +59,8 @@ class ValueRangesParameters:
 
 
 @dataclass(frozen=True)
-class DareAblationParameters:
-    """Parameters of 02_dare_ablation; empty `base` and `finetuned` mean the embedded family.
+class AblationParameters:
+    """Parameters of 02_dare_ablation and 04_pruning_methods; empty `base` and `finetuned` mean the embedded family.
 
     `n_questions` is the most that are asked. `evaluation` is a task (`instruct`, `math`, `code`), a
     `.jsonl` file of questions, a text file for perplexity, or empty: then the task that the embedded
@@ -118,7 +119,13 @@ class DareAblationParameters:
         ]
 
 
-def _resolve_pair(parameters: ValueRangesParameters | DareAblationParameters) -> None:
+def trail_pairs(n_questions: int) -> list[Pair]:
+    """`code` against checkpoints on the way to its true base: one fine-tune, deltas of several sizes."""
+    relations = [Relation(source, "zoo:small/code", "", "code") for step, source in trail()[:-1] if step >= 512]
+    return [Pair(r.name, r.base, r.finetuned, choose_evaluation(r.task, n_questions)) for r in relations]
+
+
+def _resolve_pair(parameters: ValueRangesParameters | AblationParameters) -> None:
     """Put full paths in place of relative ones, and check that the two can be compared."""
     for parameter in ("base", "finetuned"):
         value = getattr(parameters, parameter)

@@ -12,6 +12,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
 from matplotlib.transforms import ScaledTranslation
 
@@ -22,6 +23,14 @@ from delta_analysis.tolerance import logit
 PALETTE = ("#0072B2", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
 """Okabe and Ito's colours, told apart by every common kind of colour vision."""
 GREY = "#6b6b6b"
+METHOD_COLOURS = {
+    "DARE": "#0072B2",
+    "drop only": "#56B4E9",
+    "MP": "#D55E00",
+    "MP + rescale": "#CC79A7",
+    "MAGPRUNE": "#009E73",
+}
+"""A method has the same colour in every figure."""
 _RATE_TICKS = (0.1, 0.3, 0.5, 0.7, 0.9, 0.95, 0.99, 0.999)
 
 
@@ -183,7 +192,9 @@ def drop_curves(
         ax.fill_between(x, line["low"], line["high"], color=colour, alpha=0.18, lw=0, zorder=2)
         for end, place in ((0.0, left), (1.0, right)):
             reference = group[group["drop_rate"] == end]
-            ax.plot([place] * len(reference), reference["value"], "D", color=colour, ms=6, mfc="white", zorder=4)
+            # Where nothing or everything is dropped, methods do not differ.
+            end_colour = colour if hue == "pair" else GREY
+            ax.plot([place] * len(reference), reference["value"], "D", color=end_colour, ms=6, mfc="white", zorder=4)
     ticks = [p for p in _RATE_TICKS if rates.min() <= p <= rates.max()]
     ax.set_xticks([left, *map(logit, ticks), right], ["0\n(untouched)", *(f"{p:g}" for p in ticks), "1\n(all dropped)"])
     ax.set_xlabel("drop rate p, on the scale log(p / (1 − p))")
@@ -193,6 +204,97 @@ def drop_curves(
     else:
         ax.set(ylabel=curve["metric"].iloc[0], yscale="log")
     return _legend_below(ax, columns=2)
+
+
+def method_colours(methods: Sequence[str]) -> dict[str, str]:
+    """The colour of each method; variants (`MAGPRUNE by tensor`) have that of their method."""
+    others = [colour for colour in (*PALETTE, GREY) if colour not in METHOD_COLOURS.values()]
+    families = {method: method.split(" by ")[0].split(", ")[0] for method in methods}
+    unnamed = [family for family in dict.fromkeys(families.values()) if family not in METHOD_COLOURS]
+    known = METHOD_COLOURS | {family: others[i % len(others)] for i, family in enumerate(unnamed)}
+    return {method: known[family] for method, family in families.items()}
+
+
+def method_dots(curve: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """The metric of one pair at one drop rate, a method a row from the top, with 95% intervals.
+
+    `curve` has the columns of `drop_curve`.
+    """
+    ax = ax or plt.gca()
+    palette = method_colours(curve["method"].tolist())
+    places = np.arange(len(curve))[::-1]
+    for place, (_, row) in zip(places, curve.iterrows(), strict=True):
+        colour = palette[row["method"]]
+        ax.plot([row["low"], row["high"]], [place, place], color=colour, lw=1.6)
+        ax.plot(row["value"], place, "o", color=colour, ms=5)
+    ax.set_yticks(places, curve["method"])
+    ax.set_ylim(-0.6, len(curve) - 0.4)
+    if curve["metric"].iloc[0] == "accuracy":
+        ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        ax.set(xlabel="accuracy (exact match)")
+    else:
+        ax.set(xlabel=curve["metric"].iloc[0], xscale="log")
+    return ax
+
+
+def damage_scatter(summary: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Drift of the model's output against the error of the parameters, one labelled point a method.
+
+    `summary` has one row a method: `method, parameter_error, drift, low, high`.
+    """
+    ax = ax or plt.gca()
+    palette = method_colours(summary["method"].tolist())
+    for _, row in summary.iterrows():
+        colour = palette[row["method"]]
+        ax.plot([row["parameter_error"]] * 2, [row["low"], row["high"]], color=colour, lw=1.6)
+        ax.plot(row["parameter_error"], row["drift"], "o", color=colour, ms=6)
+        ax.annotate(
+            row["method"],
+            (row["parameter_error"], row["drift"]),
+            xytext=(7, 0),
+            textcoords="offset points",
+            va="center",
+            color=colour,
+            size="small",
+        )
+    ax.set(
+        xscale="log",
+        yscale="log",
+        xlabel="relative squared error of the parameters",
+        ylabel="output drift (nats a token)",
+    )
+    ax.set_xlim(summary["parameter_error"].min() / 1.6, summary["parameter_error"].max() * 6)
+    return ax
+
+
+def winner_map(best: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """The best method by pair and drop rate; grey where its lead over the second is not clear.
+
+    `best` is a table of `best_methods`; pairs are drawn from the top in their order in it. In a cell:
+    the lead, in points of the untouched model's metric.
+    """
+    ax = ax or plt.gca()
+    palette = method_colours(best["method"].tolist())
+    pairs, rates = list(dict.fromkeys(best["pair"])), sorted(set(best["drop_rate"]))
+    for _, row in best.iterrows():
+        x, y = rates.index(row["drop_rate"]), len(pairs) - 1 - pairs.index(row["pair"])
+        face = palette[row["method"]] if row["clear"] else "#e8e8e8"
+        ax.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=face, edgecolor="white", lw=1.5))
+        text = f"{row['method']}\n+{100 * row['lead']:.0f}" if row["clear"] else "no clear\nwinner"
+        ax.text(x, y, text, ha="center", va="center", size="x-small", color=_readable_on(face))
+    ax.set_xticks(range(len(rates)), [f"{p:g}" for p in rates])
+    ax.set_yticks(range(len(pairs)), pairs[::-1])
+    ax.set(xlabel="drop rate p", xlim=(-0.5, len(rates) - 0.5), ylim=(-0.5, len(pairs) - 0.5))
+    ax.tick_params(axis="both", length=0)
+    for side in ("left", "bottom"):
+        ax.spines[side].set_visible(False)
+    return ax
+
+
+def _readable_on(face: str) -> str:
+    """Black or white, whichever is read better on a colour."""
+    red, green, blue = mpl.colors.to_rgb(face)
+    return "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "white"
 
 
 def reference_lines(curve: pd.DataFrame, *, ax: Axes) -> Axes:

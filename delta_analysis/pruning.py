@@ -37,7 +37,8 @@ Prune = Callable[..., torch.Tensor]
 class Pruner(Protocol):
     """Makes a pruned tensor out of a tensor, its name and a seed: a frozen dataclass such as `Dare`.
 
-    `method` is what tables and figures call it, whatever the drop rate.
+    `method` is what tables and figures call it, whatever the drop rate; `random` tells whether seeds
+    make a difference, beyond ties.
     """
 
     @property
@@ -46,6 +47,8 @@ class Pruner(Protocol):
     def rescale(self) -> Rescale: ...
     @property
     def method(self) -> str: ...
+    @property
+    def random(self) -> bool: ...
     def __call__(self, tensor: torch.Tensor, *, name: str, seed: int) -> torch.Tensor: ...
 
 
@@ -94,6 +97,11 @@ class Dare:
         """What tables and figures call it."""
         names = {"inverse_keep": "DARE", "none": "drop only", "l1": "drop + L1", "l2": "drop + L2"}
         return names.get(str(self.rescale), f"drop × {self.rescale}")
+
+    @property
+    def random(self) -> bool:
+        """Whether seeds make a difference."""
+        return 0 < self.drop_rate < 1
 
     def __call__(self, tensor: torch.Tensor, *, name: str, seed: int) -> torch.Tensor:
         """The pruned tensor, of the input's shape, dtype and device."""
@@ -150,6 +158,11 @@ class Magnitude:
     def method(self) -> str:
         """What tables and figures call it."""
         return "MP" + ("" if self.scope == "tensor" else f" by {self.scope}") + rescale_name(self.rescale, "none")
+
+    @property
+    def random(self) -> bool:
+        """Whether seeds make a difference beyond ties."""
+        return False
 
     def __call__(self, tensor: torch.Tensor, *, name: str, seed: int) -> torch.Tensor:
         """The pruned tensor, of the input's shape, dtype and device."""
@@ -234,6 +247,11 @@ class MagPrune:
         window = "" if self.window == "widest" else f", window {self.window:g}"
         rank = "" if self.rank == "row" else f" by {self.rank}"
         return f"MAGPRUNE{rank}{rescale_name(self.rescale, 'inverse_keep')}{window}"
+
+    @property
+    def random(self) -> bool:
+        """Whether seeds make a difference."""
+        return 0 < self.drop_rate < 1
 
     @property
     def width(self) -> float:

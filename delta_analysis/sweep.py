@@ -25,10 +25,15 @@ _LOADING = Lock()
 
 
 class Evaluation(Protocol):
-    """Judges a model: one outcome an item (a question, a token), from whose mean the metric follows."""
+    """Judges a model: one outcome an item (a question, a token), from whose mean the metric follows.
+
+    `texts` are what it is judged on, as a model reads them.
+    """
 
     @property
     def metric(self) -> str: ...
+    @property
+    def texts(self) -> tuple[str, ...]: ...
 
     def __call__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> np.ndarray: ...
 
@@ -126,12 +131,18 @@ def for_each_pair(work: Callable[[Pair], Result], pairs: Sequence[Pair], workers
         return list(pool.map(work, pairs))
 
 
+def useful_seeds(pruner: Pruner, seeds: Sequence[int]) -> list[int]:
+    """The seeds that make a difference: all of them, or the first for a pruner that is not random."""
+    return list(seeds) if pruner.random else list(seeds)[:1]
+
+
 def sweep(
     pairs: Sequence[Pair], pruners: Sequence[Pruner], seeds: Sequence[int], *, device: str = "cpu", workers: int = 1
 ) -> pd.DataFrame:
     """Judge every pair under every pruner and seed.
 
-    At drop rates 0 and 1 no random number matters, so those cells run once, under the first seed.
+    At drop rates 0 and 1, and for magnitude pruning but for ties, no random number matters; those
+    cells run once, under the first seed.
     All tensors that the delta has are edited: embeddings, norms and biases too, as in DARE's
     scripts for language models.
 
@@ -150,7 +161,7 @@ def sweep(
     `seconds`; `outcomes`, one for each item; a column `option_<name>` for each option of a pruner
     beyond drop rate and rescale, missing where it has none.
     """
-    plan = [(pruner, seed) for pruner in pruners for seed in (seeds if 0 < pruner.drop_rate < 1 else list(seeds)[:1])]
+    plan = [(pruner, seed) for pruner in pruners for seed in useful_seeds(pruner, seeds)]
     with tqdm(total=len(plan) * len(pairs), unit="cell", disable=None) as progress:
 
         def judge_all(pair: Pair) -> list[dict[str, object]]:

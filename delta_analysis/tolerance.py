@@ -18,7 +18,7 @@ from delta_analysis.intervals import (
     two_way_resamples,
 )
 from delta_analysis.pruning import Pruner
-from delta_analysis.sweep import EditableModel, Pair, for_each_pair, outcome_matrix
+from delta_analysis.sweep import EditableModel, Pair, for_each_pair, outcome_matrix, useful_seeds
 
 KEPT_SHARE = 0.95
 """A drop rate is tolerated while the model keeps this share of the untouched model's metric."""
@@ -74,14 +74,14 @@ def measure_tolerance(
 
     def bisect(pair: Pair) -> tuple[dict[str, object], list[dict[str, object]]]:
         metric = METRICS[pair.evaluation.metric]
-        known = known_cells(cells, pair, pruner, seeds)
+        known = known_cells(cells, pair, at_drop_rate(pruner, 0.5), seeds)
         outcomes = {p: outcome_matrix(known[known["drop_rate"] == p]) for p in set(known["drop_rate"].tolist())}
         added: list[dict[str, object]] = []
         editable = None
         while (rate := next_rate(metric, outcomes)) is not None:
             editable = editable or EditableModel.load(pair, device)
-            at_rate: Pruner = replace(pruner, drop_rate=rate)  # type: ignore[type-var]
-            judged = [editable.judge(at_rate, seed) for seed in seeds]
+            at_rate = at_drop_rate(pruner, rate)
+            judged = [editable.judge(at_rate, seed) for seed in useful_seeds(at_rate, seeds)]
             outcomes[rate] = outcome_matrix(pd.DataFrame(judged))
             added += judged
         tolerated, low, high = tolerated_interval(metric, outcomes)
@@ -94,12 +94,17 @@ def measure_tolerance(
     return pd.DataFrame([row for row, _ in found]), refined
 
 
+def at_drop_rate(pruner: Pruner, drop_rate: float) -> Pruner:
+    """The same method at another drop rate."""
+    return replace(pruner, drop_rate=drop_rate)  # type: ignore[type-var]
+
+
 def known_cells(cells: pd.DataFrame, pair: Pair, pruner: Pruner, seeds: Sequence[int]) -> pd.DataFrame:
     """The cells of a pair under the pruner's method, with the untouched model of whichever method."""
     here = cells[cells["pair"] == pair.name]
     known = here[(here["method"] == pruner.method) & (here["drop_rate"] > 0)]
     drawn = sorted(set(known.loc[known["drop_rate"] < 1, "seed"]))
-    if drawn and drawn != sorted(seeds):
+    if drawn and drawn != sorted(useful_seeds(pruner, seeds)):
         raise ValueError(f"seeds must be those of the sweep of {pair.name}, {drawn}; not {list(seeds)}")
     return pd.concat([here[here["drop_rate"] == 0].head(1), known])
 

@@ -9,7 +9,7 @@ import torch
 from delta_analysis.evaluate import ExactMatch, TextPerplexity
 from delta_analysis.family import questions_file
 from delta_analysis.parameters import (
-    DareAblationParameters,
+    AblationParameters,
     ParameterError,
     ValueRangesParameters,
     parse_drop_rates,
@@ -17,7 +17,7 @@ from delta_analysis.parameters import (
 from tests.conftest import SaveCheckpoint
 
 RANGES = ValueRangesParameters(base="", finetuned="", out_dir="runs/test")
-ABLATION = DareAblationParameters(
+ABLATION = AblationParameters(
     base="",
     finetuned="",
     drop_rates=[0.5],

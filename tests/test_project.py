@@ -7,7 +7,9 @@ import re
 import subprocess
 import sys
 import tomllib
+from typing import Any
 
+import torch
 import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
@@ -31,7 +33,7 @@ LAYERS = (
     ("ranges", "generation"),
     ("evaluate",),
     ("sweep",),
-    ("tolerance",),
+    ("tolerance", "damage", "comparison"),
     ("plots", "family"),
     ("parameters", "notebook"),
     ("report", "refresh"),
@@ -92,6 +94,20 @@ def test_modules_can_be_read_in_one_sitting() -> None:
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef):
                 assert (node.end_lineno or 0) - node.lineno < 70, f"{path}: {node.name}"
+
+
+def test_the_pruner_of_the_guide_works() -> None:
+    (example,) = re.findall(r"```python\n(.+?)```", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.S)
+    names: dict[str, Any] = {"__name__": "guide"}
+    exec(compile(example, "CONTRIBUTING.md", "exec", dont_inherit=True), names)
+    delta = torch.randn(40, 2000, generator=torch.Generator().manual_seed(0))
+    pruned = names["HalfAndHalf"](0.5)(delta, name="w", seed=0)
+    large = delta.abs() >= delta.abs().median(dim=1, keepdim=True).values
+    for entries, p in ((large, 0.2), (~large, 0.8)):
+        dropped = float((pruned[entries] == 0).double().mean())
+        # Six sigmas of a binomial share: a false alarm in 1e9.
+        assert abs(dropped - p) < 6 * (p * (1 - p) / int(entries.sum())) ** 0.5
+    torch.testing.assert_close(pruned[large & (pruned != 0)], delta[large & (pruned != 0)] / 0.8)
 
 
 def test_links_of_the_readme_lead_somewhere() -> None:

@@ -13,13 +13,14 @@ import pandas as pd
 import papermill
 import pytest
 
-from delta_analysis.parameters import DareAblationParameters, ValueRangesParameters
+from delta_analysis.parameters import AblationParameters, ValueRangesParameters
 from delta_analysis.paths import find_root
 
 FOLDER = find_root() / "notebooks"
 PARAMETERS: dict[str, type] = {
     "01_value_ranges": ValueRangesParameters,
-    "02_dare_ablation": DareAblationParameters,
+    "02_dare_ablation": AblationParameters,
+    "04_pruning_methods": AblationParameters,
 }
 NOTEBOOKS = sorted(path.stem for path in FOLDER.glob("[0-9]*.ipynb"))
 PAIR = {"base": "zoo:small/base", "finetuned": "zoo:small/math"}
