@@ -19,6 +19,9 @@ HIGH, LOW = 2**15, 2**16
 """A magnitude's 31 bits in two digits: how many values the upper and the lower one have."""
 _SIGN = np.uint32(2**31)
 _SHORT_ROW = 1024
+_STRIDE = 32
+_MANY = 12
+"""From so many ties among a group's numbers on, drawing the whole group is cheaper than one by one."""
 
 _kernel = numba.njit(cache=True, nogil=True, error_model="numpy")
 
@@ -104,59 +107,102 @@ def rank_sums(rows: torch.Tensor) -> torch.Tensor:
 
 @_kernel
 def _rank_sums(rows, out):  # type: ignore[no-untyped-def]
-    """Radix sort of (magnitude, position), least digit first, then a walk over ties."""
     n = rows.shape[1]
     pairs, other = np.empty(n, dtype=np.uint64), np.empty(n, dtype=np.uint64)
-    tables = np.empty((4, 2**11), dtype=np.uint32)
-    half, one = np.uint64(32), np.uint32(1)
+    tables = np.zeros((4, 2**11), dtype=np.uint32)
+    counts = np.zeros(HIGH, dtype=np.uint32)
     for row in range(rows.shape[0]):
-        source, target = rows[row], out[row]
-        # Low bits that are 0 in all entries, as in half-width weights, sort nothing.
         union = np.uint32(0)
         for i in range(n):
-            union |= magnitude(source[i])
-        unused = 0
-        while unused < 30 and union >> np.uint32(unused) & one == 0:
-            unused += 1
-        digit = 8 if n < _SHORT_ROW or unused > 14 else 11
-        passes = max((31 - unused + digit - 1) // digit, 2)
-        counts = tables[:, : 1 << digit]
-        counts[:] = 0
-        digit0, digit1, digit2, digit3 = counts[0], counts[1], counts[2], counts[3]
-        base, width, mask = np.uint64(unused), np.uint64(digit), np.uint64((1 << digit) - 1)
+            union |= magnitude(rows[row, i])
+        # Half-width weights leave the lower digit empty.
+        if n > _SHORT_ROW and union & np.uint32(0xFFFF) == 0:
+            _rank_by_counting(rows[row], counts, out[row])
+        else:
+            _rank_by_sorting(rows[row], tables, pairs, other, out[row])
+
+
+@_kernel
+def _rank_by_counting(source, counts, out):  # type: ignore[no-untyped-def]
+    """Ranks of magnitudes that differ in their upper digit alone; `counts` holds zeros, before and after."""
+    low, high = np.uint32(HIGH), np.uint32(0)
+    for i in range(len(source)):
+        digit = magnitude(source[i]) >> np.uint32(16)
+        counts[digit] += np.uint32(1)
+        low, high = min(low, digit), max(high, digit)
+    before = np.uint32(0)
+    for digit in range(low, high + 1):
+        # First plus last rank.
+        count = counts[digit]
+        counts[digit] = before + before + count + np.uint32(1)
+        before += count
+    for i in range(len(source)):
+        out[i] = counts[magnitude(source[i]) >> np.uint32(16)]
+    counts[low : high + 1] = 0
+
+
+@_kernel
+def _rank_by_sorting(source, tables, pairs, other, out):  # type: ignore[no-untyped-def]
+    """Radix sort of (magnitude, position), least digit first, then a walk over ties."""
+    # Three digits of 10, 10 and 11 bits, or four of 8 where a row is too short for large tables.
+    n, half, one = len(source), np.uint64(32), np.uint32(1)
+    bits, passes = np.uint64(8 if n < _SHORT_ROW else 10), 4 if n < _SHORT_ROW else 3
+    mask, everything = np.uint64((1 << bits) - 1), np.uint64(0xFFFFFFFF)
+    values = 2**8 if n < _SHORT_ROW else 2**11
+    tables[:passes, :values] = 0
+    digit0, digit1, digit2, digit3 = tables[0], tables[1], tables[2], tables[3]
+    for i in range(n):
+        size = np.uint64(magnitude(source[i]))
+        pairs[i] = (size << half) | np.uint64(i)
+        digit0[size & mask] += one
+        digit1[(size >> bits) & mask] += one
+        if passes == 3:
+            digit2[size >> (bits + bits)] += one
+        else:
+            digit2[(size >> (bits + bits)) & mask] += one
+            digit3[size >> (bits + bits + bits)] += one
+    for k in range(passes):
+        _scatter(pairs, other, tables[k, :values], half + np.uint64(k) * bits, everything if k == passes - 1 else mask)
+        pairs, other = other, pairs
+    _share_ranks(pairs, out)
+
+
+# Functions of their own, since the compiler then knows that their arrays do not overlap.
+@_kernel
+def _scatter(pairs, other, places, shift, mask):  # type: ignore[no-untyped-def]
+    """One pass of the sort: pairs go to `other` by one digit, whose counts `places` holds."""
+    total, one = np.uint32(0), np.uint32(1)
+    for value in range(len(places)):
+        count = places[value]
+        places[value] = total
+        total += count
+    for i in range(len(pairs)):
+        pair = pairs[i]
+        digit = (pair >> shift) & mask
+        place = places[digit]
+        other[place] = pair
+        places[digit] = place + one
+
+
+@_kernel
+def _share_ranks(pairs, out):  # type: ignore[no-untyped-def]
+    """First plus last rank of each run of equal magnitudes in the sorted pairs."""
+    n, half, position = len(pairs), np.uint64(32), np.uint64(0xFFFFFFFF)
+    ties = 0
+    for i in range(n - 1):
+        ties += pairs[i] >> half == pairs[i + 1] >> half
+    if ties == 0:
         for i in range(n):
-            size = np.uint64(magnitude(source[i])) >> base
-            pairs[i] = (size << half) | np.uint64(i)
-            digit0[size & mask] += one
-            digit1[(size >> width) & mask] += one
-            if passes > 2:
-                digit2[(size >> (width + width)) & mask] += one
-            if passes > 3:
-                digit3[(size >> (width + width + width)) & mask] += one
-        for k in range(passes):
-            places, shift = counts[k], half + np.uint64(k) * width
-            if n == 0 or places[(pairs[0] >> shift) & mask] == n:
-                continue
-            total = np.uint32(0)
-            for value in range(len(places)):
-                count = places[value]
-                places[value] = total
-                total += count
-            for i in range(n):
-                pair = pairs[i]
-                bucket = (pair >> shift) & mask
-                place = places[bucket]
-                other[place] = pair
-                places[bucket] = place + one
-            pairs, other = other, pairs
-        first = 0
-        while first < n:
-            equal, last = pairs[first] >> half, first + 1
-            while last < n and pairs[last] >> half == equal:
-                last += 1
-            for i in range(first, last):
-                target[pairs[i] & np.uint64(0xFFFFFFFF)] = first + 1 + last
-            first = last
+            out[pairs[i] & position] = 2 * i + 2
+        return
+    first = 0
+    while first < n:
+        equal, after = pairs[first] >> half, first + 1
+        while after < n and pairs[after] >> half == equal:
+            after += 1
+        for i in range(first, after):
+            out[pairs[i] & position] = first + 1 + after
+        first = after
 
 
 def count_high(values: torch.Tensor) -> np.ndarray:
@@ -209,25 +255,28 @@ def _tied(values, size, low, high, k0, k1, start, numbers, positions):  # type: 
         first = position // LANES
         stop = min(end, (first + GROUP) * LANES)
         source, drawn = values[position - start : stop - start], group[position % LANES :]
-        if _holds(source, size):
+        ties = _count_of(source, size)
+        if ties > _MANY:
             draw(first, keys, words, group)
+        if ties:
             for i in range(source.size):
                 if magnitude(source[i]) == size:
-                    below += drawn[i] < low
-                    if low <= drawn[i] < high:
-                        numbers[inside], positions[inside] = drawn[i], position + i
+                    u = drawn[i] if ties > _MANY else np.uint32(number_at(position + i, keys))
+                    below += u < low
+                    if low <= u < high:
+                        numbers[inside], positions[inside] = u, position + i
                         inside += 1
         position = stop
     return below, inside
 
 
 @numba.njit(cache=True)
-def _holds(values, size):  # type: ignore[no-untyped-def]
-    """Whether any of a few entries has this magnitude."""
+def _count_of(values, size):  # type: ignore[no-untyped-def]
+    """How many of a few entries have this magnitude."""
     found = 0
     for i in range(values.size):
         found += magnitude(values[i]) == size
-    return found > 0
+    return found
 
 
 def drop_below(
@@ -256,31 +305,45 @@ def _drop_below(values, size, number, place, factor, k0, k1, start, out):  # typ
         for i in range(source.size):
             scaled = widen(source[i]) * factor
             target[i] = narrow(scaled if magnitude(source[i]) >= size else np.float32(0), source[i])
-        if breaks_ties and _holds(source, size):
+        ties = _count_of(source, size) if breaks_ties else 0
+        if ties > _MANY:
             draw(first, keys, words, group)
+        if ties:
             for i in range(source.size):
-                below = drawn[i] < number or (drawn[i] == number and position + i < place)
-                if below and magnitude(source[i]) == size:
-                    target[i] = narrow(np.float32(0), source[i])
+                if magnitude(source[i]) == size:
+                    u = drawn[i] if ties > _MANY else np.uint32(number_at(position + i, keys))
+                    if u < number or (u == number and position + i < place):
+                        target[i] = narrow(np.float32(0), source[i])
         position = stop
 
 
 def positions_between(values: torch.Tensor, low: int, high: int, start: int) -> torch.Tensor:
     """Positions, counted from the tensor's start, of the entries with `low ≤ magnitude < high`."""
-    positions = np.empty(values.numel(), dtype=np.int64)
-    count = _positions_between(entries(values), low, high, start, positions)
-    return torch.from_numpy(positions[:count].copy())
+    words, span = entries(values), np.uint32(high - low)
+    positions = np.empty(_count_between(words, np.uint32(low), span), dtype=np.int64)
+    _positions_between(words, np.uint32(low), span, start, positions)
+    return torch.from_numpy(positions)
 
 
 @_kernel
-def _positions_between(values, low, high, start, positions):  # type: ignore[no-untyped-def]
+def _count_between(values, low, span):  # type: ignore[no-untyped-def]
     count = 0
     for i in range(values.size):
-        size = np.int64(magnitude(values[i]))
-        if low <= size < high:
-            positions[count] = start + i
-            count += 1
+        count += np.uint32(magnitude(values[i]) - low) < span
     return count
+
+
+@_kernel
+def _positions_between(values, low, span, start, positions):  # type: ignore[no-untyped-def]
+    found = 0
+    for begin in range(0, values.size, _STRIDE):
+        part = values[begin : begin + _STRIDE]
+        # Most strides hold none, and that is seen many entries at a time.
+        if _count_between(part, low, span):
+            for i in range(part.size):
+                if np.uint32(magnitude(part[i]) - low) < span:
+                    positions[found] = start + begin + i
+                    found += 1
 
 
 def drop_at(
@@ -300,3 +363,82 @@ def _drop_at(values, k0, k1, positions, p, factor, own_factor, out):  # type: ig
         number = number_at(positions[i], keys)
         scaled = values[i] * (np.float32(1 / (1 - p[i])) if own_factor else factor)
         out[i] = scaled if np.float64(number) >= np.rint(p[i] * RANGE) else np.float32(0)
+
+
+def drop_least(
+    values: torch.Tensor, row: int, count: int, factor: float, key: Key, start: int, out: torch.Tensor
+) -> None:
+    """Set `out` to 0 for the `count` least of each row of float32 entries, to `values · factor` elsewhere.
+
+    The order is (magnitude, number, position).
+    """
+    _drop_least(values.numpy(), row, count, np.float32(factor), *_words(key), start, out.numpy())
+
+
+@_kernel
+def _drop_least(values, row, count, factor, k0, k1, start, out):  # type: ignore[no-untyped-def]
+    keys = schedule(k0, k1)
+    table, ties = np.empty(2**11, dtype=np.int64), np.empty(row, dtype=np.uint64)
+    for begin in range(0, values.size, row):
+        source, target = values[begin : begin + row], out[begin : begin + row]
+        size, dropped = _least(source, count, table)
+        for i in range(row):
+            scaled = source[i] * factor
+            target[i] = scaled if magnitude(source[i]) >= size else np.float32(0)
+        if dropped == 0:
+            continue
+        tied = 0
+        for i in range(row):
+            if magnitude(source[i]) == size:
+                ties[tied] = (number_at(start + begin + i, keys) << np.uint64(32)) | np.uint64(i)
+                tied += 1
+        in_order = np.sort(ties[:tied]) if dropped < tied else ties[:tied]
+        for i in range(dropped):
+            target[in_order[i] & np.uint64(0xFFFFFFFF)] = 0
+
+
+@_kernel
+def _least(values, count, table):  # type: ignore[no-untyped-def]
+    """The magnitude of rank `count` (from 1), and how many entries of it are among the `count` least."""
+    if count == 0:
+        return np.uint32(0), 0
+    prefix, remaining = np.uint32(0), count
+    for shift, bits in ((20, 11), (10, 10), (0, 10)):
+        low, width = np.uint32(shift), np.uint32(bits)
+        table[:] = 0
+        for i in range(values.size):
+            digits = magnitude(values[i]) >> low
+            if digits >> width == prefix:
+                table[digits & np.uint32((1 << width) - 1)] += 1
+        digit = 0
+        while table[digit] < remaining:
+            remaining -= table[digit]
+            digit += 1
+        prefix = (prefix << width) | np.uint32(digit)
+    return prefix, remaining
+
+
+def power_sums(values: torch.Tensor, power: int) -> torch.Tensor:
+    """Exact sums of |x|^power by exponent: integers of shape (2, 256), a low and a high part.
+
+    A float32 is an integer below 2²⁴ times a power of two. The sums are of these integers; of their
+    squares, the low part has the lower 24 bits, the high part the rest.
+    """
+    sums = np.zeros((2, 256), dtype=np.int64)
+    _power_sums(entries(values), power, sums)
+    return torch.from_numpy(sums)
+
+
+@_kernel
+def _power_sums(values, power, sums):  # type: ignore[no-untyped-def]
+    low, high = sums[0], sums[1]
+    for i in range(values.size):
+        size = np.int64(magnitude(values[i]))
+        exponent = size >> 23
+        integer = (size & 0x7FFFFF) | (np.int64(exponent > 0) << 23)
+        if power == 2:
+            term = integer * integer
+            low[exponent] += term & 0xFFFFFF
+            high[exponent] += term >> 24
+        else:
+            low[exponent] += integer

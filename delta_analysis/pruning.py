@@ -28,6 +28,8 @@ SCOPES = ("tensor", "row", "model")
 RANKS = ("row", "tensor", "value")
 WIDEST = 0.9
 """The widest window as a share of the one at which a probability would reach 0 or 1."""
+_SMALL = 2**17
+"""A tensor of so many entries is one row: tables of counts for its whole range would be the larger part."""
 
 
 Prune = Callable[..., torch.Tensor]
@@ -170,10 +172,12 @@ class Magnitude:
             raise ValueError(
                 f"scope='model' compares entries of all tensors, and {name!r} is one; use delta.pruned(pruner, seed=…)"
             )
-        if self.scope == "row" and row_length(tensor) < tensor.numel():
-            count = round(self.drop_rate * row_length(tensor))
-            factor = uniform_factor(self.rescale, self.drop_rate)
-            return match_norm(drop_least(tensor, count, factor, stream_key(seed, name)), tensor, self.rescale, name)
+        row = row_length(tensor) if self.scope == "row" else tensor.numel()
+        if row < tensor.numel() or row <= _SMALL:
+            count, factor = round(self.drop_rate * row), uniform_factor(self.rescale, self.drop_rate)
+            return match_norm(
+                drop_least(tensor, row, count, factor, stream_key(seed, name)), tensor, self.rescale, name
+            )
         return self.drop_below(self.cut({name: tensor}, seed), tensor, name=name, seed=seed)
 
     def cut(self, tensors: Mapping[str, torch.Tensor], seed: int) -> Cut:

@@ -13,14 +13,14 @@ import numpy as np
 import torch
 
 from delta_analysis._errors import one_of
-from delta_analysis.blocks import map_blocks, new_tensor
+from delta_analysis.blocks import kernels_for, map_blocks
 from delta_analysis.kernels import inverse_keep
+from delta_analysis.storage import NATIVE
 
 Rescale = str | float
 RESCALES = ("inverse_keep", "none", "l1", "l2")
 _POWERS = {"l1": 1, "l2": 2}
 
-_EXPONENTS = 256
 _SMALLEST = -149
 """A float32 is an integer below 2²⁴ times a power of two, the smallest of which is 2⁻¹⁴⁹."""
 _PART = 24
@@ -45,15 +45,17 @@ def uniform_factor(rescale: Rescale, drop_rate: float) -> float:
 
 
 def match_norm(pruned: torch.Tensor, tensor: torch.Tensor, rescale: Rescale, name: str) -> torch.Tensor:
-    """The pruned tensor with the norm of the whole one, if the rescale asks for it."""
+    """The pruned tensor, rescaled in place to the norm of the whole one if the rescale asks for it."""
     if rescale not in _POWERS:
         return pruned
     factor = float(np.float32(norm_ratio(tensor, pruned, _POWERS[str(rescale)], name)))
+    flat = pruned.view(-1)
 
-    def multiply(values: torch.Tensor, start: int, out: torch.Tensor) -> None:
-        torch.mul(values, factor, out=out)
+    def multiply(values: torch.Tensor, start: int) -> None:
+        flat[start : start + values.numel()].copy_(values * factor)
 
-    return new_tensor(pruned, multiply)
+    map_blocks(pruned, multiply)
+    return pruned
 
 
 def rescale_name(rescale: Rescale, default: str) -> str:
@@ -70,26 +72,17 @@ def power_sum(tensor: torch.Tensor, power: int, name: str) -> Fraction:
     ValueError
         A NaN or infinite entry; `name` says of which tensor.
     """
-    sums = map_blocks(tensor, lambda values, _: _sums_by_exponent(values, power))
-    total = sum(sums, torch.zeros(3, _EXPONENTS, dtype=torch.int64))
-    if total[2, -1]:
+    kernels = kernels_for(tensor.device)
+    sums = map_blocks(tensor, lambda values, _: kernels.power_sums(values, power), dtypes=NATIVE)
+    total = sum(sums, torch.zeros(2, 256, dtype=torch.int64))
+    # Infinities and NaNs have the last exponent, and the bit that is implied makes their sum positive.
+    if total[:, -1].any():
         raise ValueError(f"tensor {name!r} has NaN or infinite entries, so that it has no norm to match")
     whole = 0
-    for exponent, (low, high) in enumerate(zip(total[0].tolist(), total[1].tolist(), strict=True)):
+    for exponent in total.any(dim=0).nonzero()[:, 0].tolist():
+        low, high = total[:, exponent].tolist()
         whole += (low + (high << _PART)) << (power * max(exponent - 1, 0))
     return whole * Fraction(2) ** (power * _SMALLEST)
-
-
-def _sums_by_exponent(values: torch.Tensor, power: int) -> torch.Tensor:
-    """Sums of the integers or their squares by exponent, in a low and a high part; counts below."""
-    bits = values.view(torch.int32)
-    exponents = (bits >> 23) & 0xFF
-    integers = ((bits & 0x7FFFFF) | ((exponents > 0).int() << 23)).to(torch.int64)
-    terms = integers if power == 1 else integers * integers
-    sums = torch.zeros(3, _EXPONENTS, dtype=torch.int64, device=values.device)
-    for row, part in enumerate((terms & (2**_PART - 1), terms >> _PART, torch.ones_like(terms))):
-        sums[row].index_add_(0, exponents, part)
-    return sums.cpu()
 
 
 def norm_ratio(before: torch.Tensor, after: torch.Tensor, power: int, name: str) -> float:

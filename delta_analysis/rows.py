@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 import torch
 
-from delta_analysis.blocks import kernels_for, map_blocks, new_tensor, row_length
+from delta_analysis import kernels
+from delta_analysis.blocks import kernels_for, map_blocks, new_tensor
 from delta_analysis.cut import count_digit, count_high, count_low
-from delta_analysis.kernels import HIGH, LOW, drop_at, positions_between, rank_sums
+from delta_analysis.kernels import HIGH, LOW
 from delta_analysis.philox import Key
 from delta_analysis.storage import NATIVE
 
@@ -27,34 +29,22 @@ def drop_rows(tensor: torch.Tensor, row: int, probability: Probability, factor: 
 
     A factor of None is 1/(1-p) for each entry.
     """
-    kernels = kernels_for(tensor.device)
+    inner = kernels_for(tensor.device)
 
     def work(values: torch.Tensor, start: int, out: torch.Tensor) -> None:
-        kernels.drop(values, probability(values.view(-1, row)), factor, key, start, out)
+        inner.drop(values, probability(values.view(-1, row)), factor, key, start, out)
 
     return new_tensor(tensor, work, multiple=row, block=ROWS_BLOCK)
 
 
-def drop_least(tensor: torch.Tensor, count: int, factor: float, key: Key) -> torch.Tensor:
+def drop_least(tensor: torch.Tensor, row: int, count: int, factor: float, key: Key) -> torch.Tensor:
     """Drop the `count` least entries of each row, ties broken by random number, then by position."""
-    kernels, row = kernels_for(tensor.device), row_length(tensor)
+    inner = kernels_for(tensor.device)
 
     def work(values: torch.Tensor, start: int, out: torch.Tensor) -> None:
-        numbers = kernels.random_bits(key, start, values.numel(), values.device)
-        dropped = least_of_rows(values.view(-1, row), numbers.view(-1, row), count)
-        out.copy_(torch.where(dropped.view(-1), 0.0, values * float(np.float32(factor))))
+        inner.drop_least(values, row, count, factor, key, start, out)
 
     return new_tensor(tensor, work, multiple=row, block=ROWS_BLOCK)
-
-
-def least_of_rows(values: torch.Tensor, numbers: torch.Tensor, count: int) -> torch.Tensor:
-    """True for the `count` least entries of each row in the order of (|δ|, random number, position)."""
-    if count == 0:
-        return torch.zeros_like(values, dtype=torch.bool)
-    order = (values.view(torch.int32).to(torch.int64) & 0x7FFFFFFF) << 32 | numbers
-    last = order.kthvalue(count, dim=1, keepdim=True).values
-    before, equal = order < last, order == last
-    return before | (equal & (equal.cumsum(dim=1) <= count - before.sum(dim=1, keepdim=True)))
 
 
 def shares_of_range(rows: torch.Tensor, name: str) -> torch.Tensor:
@@ -71,32 +61,44 @@ def drop_by_rank(
 ) -> torch.Tensor:
     """Drop each entry with a probability that follows from its rank among the `row` entries of its row."""
     if row > LONG_ROW and tensor.device.type == "cpu":
-        return _drop_in_long_rows(tensor, row, probability, factor, key)
-    kernels = kernels_for(tensor.device)
-    return drop_rows(tensor, row, lambda rows: probability(kernels.rank_sums(rows)), factor, key)
+        result = torch.zeros_like(tensor, memory_format=torch.contiguous_format)
+        flat, out = tensor.detach().reshape(-1), result.view(-1)
+        drop_in_row = _drop_half_width if tensor.dtype == torch.bfloat16 else _drop_by_parts
+        for begin in range(0, flat.numel(), row):
+            drop_in_row(flat[begin : begin + row], begin, probability, factor, key, out[begin : begin + row])
+        return result
+    rank_sums = kernels_for(tensor.device).rank_sums
+    return drop_rows(tensor, row, lambda rows: probability(rank_sums(rows)), factor, key)
 
 
-def _drop_in_long_rows(
-    tensor: torch.Tensor, row: int, probability: Probability, factor: float | None, key: Key
-) -> torch.Tensor:
-    """The same, for the entries of a few neighbouring magnitudes of a row at a time."""
-    result = torch.zeros_like(tensor, memory_format=torch.contiguous_format)
-    flat, out = tensor.detach().reshape(-1), result.view(-1)
-    for begin in range(0, flat.numel(), row):
-        values = flat[begin : begin + row]
-        for low, high, before, count in _parts(values, max(row // PARTS, LONG_ROW // 4)):
-            found = map_blocks(
-                values,
-                lambda block, start: positions_between(block, low, high, start + begin),  # noqa: B023
-                dtypes=NATIVE,
-            )
-            # Entries of one magnitude share a rank and need not be held together, however many.
-            for positions in found if high - low == 1 else [torch.cat(found)]:
-                chosen = flat[positions].to(torch.float32)
-                inner = rank_sums(chosen[None])[0] if high - low > 1 else torch.full(chosen.shape, count + 1.0)
-                p = probability(inner.to(torch.float64) + 2 * before)
-                out[positions] = drop_at(chosen, p, factor, key, positions).to(out.dtype)
-    return result
+def _drop_half_width(
+    values: torch.Tensor, begin: int, probability: Probability, factor: float | None, key: Key, out: torch.Tensor
+) -> None:
+    """Drop within one long row of bfloat16: so few magnitudes that a table holds the rank of each."""
+    counts = torch.from_numpy(count_digit(values, HIGH, count_high))
+    table = probability((2 * counts.cumsum(0) - counts + 1).to(torch.float64))
+
+    def work(block: torch.Tensor, start: int) -> None:
+        p = table[block.view(torch.int16).to(torch.int64) & (HIGH - 1)]
+        kernels.drop(block, p, factor, key, begin + start, out[start : start + block.numel()])
+
+    map_blocks(values, work, block=ROWS_BLOCK, dtypes=NATIVE)
+
+
+def _drop_by_parts(
+    values: torch.Tensor, begin: int, probability: Probability, factor: float | None, key: Key, out: torch.Tensor
+) -> None:
+    """Drop within one long row, the entries of a few neighbouring magnitudes at a time."""
+    for low, high, before, count in _parts(values, max(values.numel() // PARTS, LONG_ROW // 4)):
+        find = partial(kernels.positions_between, low=low, high=high)
+        found = map_blocks(values, lambda block, start: find(block, start=start), dtypes=NATIVE)  # noqa: B023
+        # Entries of one magnitude share a rank and need not be held together, however many.
+        for positions in found if high - low == 1 else [torch.cat(found)]:
+            chosen = values[positions].to(torch.float32)
+            inner = kernels.rank_sums(chosen[None])[0] if high - low > 1 else torch.full(chosen.shape, count + 1.0)
+            p = probability(inner.to(torch.float64).add_(2 * before))
+            kept = kernels.drop_at(chosen, p, factor, key, positions + begin)
+            out[positions] = kept.to(out.dtype)
 
 
 def _parts(values: torch.Tensor, size: int) -> Iterator[tuple[int, int, int, int]]:

@@ -90,3 +90,33 @@ def drop_below(
         before = (numbers < number) | ((numbers == number) & (positions < position))
         dropped |= (magnitudes == size) & before
     out.copy_(torch.where(dropped, 0.0, _scaled(values, factor)))
+
+
+def drop_least(
+    values: torch.Tensor, row: int, count: int, factor: float, key: Key, start: int, out: torch.Tensor
+) -> None:
+    numbers = random_bits(key, start, values.numel(), values.device).view(-1, row)
+    dropped = least_of_rows(values.view(-1, row), numbers, count).view(-1)
+    out.copy_(torch.where(dropped, 0.0, _scaled(values, factor)))
+
+
+def least_of_rows(values: torch.Tensor, numbers: torch.Tensor, count: int) -> torch.Tensor:
+    """True for the `count` least entries of each row in the order of (|δ|, random number, position)."""
+    if count == 0:
+        return torch.zeros_like(values, dtype=torch.bool)
+    order = _magnitudes(values).to(torch.int64) << 32 | numbers
+    last = order.kthvalue(count, dim=1, keepdim=True).values
+    before, equal = order < last, order == last
+    return before | (equal & (equal.cumsum(dim=1) <= count - before.sum(dim=1, keepdim=True)))
+
+
+def power_sums(values: torch.Tensor, power: int) -> torch.Tensor:
+    sizes = _magnitudes(values)
+    exponents = sizes >> 23
+    integers = ((sizes & 0x7FFFFF) | ((exponents > 0).int() << 23)).to(torch.int64)
+    terms = integers if power == 1 else integers * integers
+    sums = torch.zeros(2, 256, dtype=torch.int64, device=values.device)
+    parts = (terms, torch.zeros_like(terms)) if power == 1 else (terms & 0xFFFFFF, terms >> 24)
+    for row, part in zip(sums, parts, strict=True):
+        row.index_add_(0, exponents, part)
+    return sums.cpu()
