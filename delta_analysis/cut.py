@@ -12,9 +12,8 @@ import numpy as np
 import torch
 
 from delta_analysis.blocks import kernels_for, map_blocks
-from delta_analysis.kernels import HIGH, LOW, RANGE
-from delta_analysis.philox import stream_key
-from delta_analysis.storage import NATIVE
+from delta_analysis.philox import RANGE, stream_key
+from delta_analysis.storage import HIGH, LOW, NATIVE
 
 Tensors = Callable[[], Iterable[tuple[str, torch.Tensor]]]
 """Starts a pass: each call yields every tensor with its name again, in any order."""

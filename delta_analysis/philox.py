@@ -12,6 +12,8 @@ import hashlib
 import numba
 import numpy as np
 
+RANGE = 2**32
+"""Random numbers are below this; an entry is dropped when its number is below round(p · RANGE)."""
 ROUNDS = 10
 LANES = 4
 MULTIPLIERS = 0xD2511F53, 0xCD9E8D57

@@ -244,15 +244,19 @@ def damage_scatter(summary: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """
     ax = ax or plt.gca()
     palette = method_colours(summary["method"].tolist())
-    for _, row in summary.iterrows():
+    points = summary.sort_values("parameter_error")
+    # A label stands left of its point where the next point is near on the right.
+    crowded = points["parameter_error"].shift(-1) < 3 * points["parameter_error"]
+    for (_, row), left in zip(points.iterrows(), crowded, strict=True):
         colour = palette[row["method"]]
         ax.plot([row["parameter_error"]] * 2, [row["low"], row["high"]], color=colour, lw=1.6)
         ax.plot(row["parameter_error"], row["drift"], "o", color=colour, ms=6)
         ax.annotate(
             row["method"],
             (row["parameter_error"], row["drift"]),
-            xytext=(7, 0),
+            xytext=(-7 if left else 7, 0),
             textcoords="offset points",
+            ha="right" if left else "left",
             va="center",
             color=colour,
             size="small",
@@ -263,7 +267,9 @@ def damage_scatter(summary: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         xlabel="relative squared error of the parameters",
         ylabel="output drift (nats a token)",
     )
-    ax.set_xlim(summary["parameter_error"].min() / 1.6, summary["parameter_error"].max() * 6)
+    ax.set_xlim(points["parameter_error"].min() / 3, points["parameter_error"].max() * 8)
+    _plain_log_axis(ax.xaxis)
+    _plain_log_axis(ax.yaxis)
     return ax
 
 
@@ -302,18 +308,19 @@ def reference_lines(curve: pd.DataFrame, *, ax: Axes) -> Axes:
 
     `curve` is the table of one pair and method, drop rates 0 and 1 among its rows.
     """
-    for drop_rate, label, offset, side in (
-        (0.0, "untouched model", -3, "top"),
-        (1.0, "all dropped (p = 1)", 2, "bottom"),
+    for drop_rate, label, place, offset, side in (
+        (0.0, "untouched model", 0.99, -3, "top"),
+        (1.0, "all dropped (p = 1)", 0.12, 2, "bottom"),
     ):
         for value in curve.loc[curve["drop_rate"] == drop_rate, "value"]:
             ax.axhline(value, color=GREY, lw=0.9, ls="--", zorder=1)
             ax.annotate(
                 label,
-                (0.12, value),
+                (place, value),
                 xycoords=ax.get_yaxis_transform(),
                 xytext=(0, offset),
                 textcoords="offset points",
+                ha="right" if place > 0.5 else "left",
                 va=side,
                 size="x-small",
                 color=GREY,

@@ -14,7 +14,7 @@ import torch
 
 from delta_analysis._errors import one_of
 from delta_analysis.blocks import kernels_for, map_blocks
-from delta_analysis.kernels import inverse_keep
+from delta_analysis.kernel_drop import inverse_keep
 from delta_analysis.storage import NATIVE
 
 Rescale = str | float

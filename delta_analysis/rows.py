@@ -11,9 +11,8 @@ import torch
 from delta_analysis import kernels
 from delta_analysis.blocks import kernels_for, map_blocks, new_tensor
 from delta_analysis.cut import count_digit, count_high, count_low
-from delta_analysis.kernels import HIGH, LOW
 from delta_analysis.philox import Key
-from delta_analysis.storage import NATIVE
+from delta_analysis.storage import HIGH, LOW, NATIVE
 
 Probability = Callable[[torch.Tensor], torch.Tensor]
 """From rows of entries, or from their sums of first and last rank, to drop probabilities in float64."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numba
 import numpy as np
 import torch
 from numba import types
@@ -11,6 +12,10 @@ from numba.extending import overload
 
 NATIVE = (torch.float32, torch.bfloat16)
 """The dtypes that compiled loops read and write as they are stored."""
+
+HIGH, LOW = 2**15, 2**16
+"""A magnitude's 31 bits in two digits: how many values the upper and the lower one have."""
+compiled = numba.njit(cache=True, nogil=True, error_model="numpy")
 
 
 def entries(tensor: torch.Tensor) -> np.ndarray:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from delta_analysis.kernels import HIGH, LOW, RANGE, inverse_keep
-from delta_analysis.philox import LANES, MULTIPLIERS, ROUNDS, WEYL, Key
+from delta_analysis.kernel_drop import inverse_keep
+from delta_analysis.philox import LANES, MULTIPLIERS, RANGE, ROUNDS, WEYL, Key
 from delta_analysis.philox import LOW as WORD
+from delta_analysis.storage import HIGH, LOW
 
 _MAGNITUDE = 0x7FFFFFFF
 

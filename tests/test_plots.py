@@ -121,3 +121,70 @@ def test_plotting_leaves_the_global_style_alone(curve: pd.DataFrame) -> None:
     before = dict(plt.rcParams)
     plots.drop_curves(curve)
     assert dict(plt.rcParams) == before
+
+
+def test_methods_have_one_colour_everywhere() -> None:
+    colours = plots.method_colours(["MP", "DARE", "MAGPRUNE by tensor", "MAGPRUNE, half window", "other"])
+    assert colours["DARE"] == plots.METHOD_COLOURS["DARE"]
+    assert colours["MAGPRUNE by tensor"] == colours["MAGPRUNE, half window"] == plots.METHOD_COLOURS["MAGPRUNE"]
+    assert len(set(plots.METHOD_COLOURS.values())) == len(plots.METHOD_COLOURS)
+    assert colours["other"] not in plots.METHOD_COLOURS.values()
+
+
+def test_ends_of_method_curves_belong_to_no_method(curve: pd.DataFrame) -> None:
+    one = curve[curve["pair"] == "a → b"]
+    ax = plots.drop_curves(one, hue="method", palette=plots.METHOD_COLOURS)
+    ends = [line for line in ax.get_lines() if line.get_marker() == "D"]
+    assert {line.get_color() for line in ends} == {plots.GREY}
+
+
+def test_dots_stand_from_the_top_with_their_intervals(curve: pd.DataFrame) -> None:
+    table = curve.head(3).assign(method=["DARE", "MAGPRUNE", "MAGPRUNE by value"])
+    ax = plots.method_dots(table)
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == table["method"].tolist()
+    bars, dots = ax.get_lines()[::2], ax.get_lines()[1::2]
+    assert [dot.get_ydata()[0] for dot in dots] == [2, 1, 0]
+    assert [dot.get_xdata()[0] for dot in dots] == table["value"].tolist()
+    assert [tuple(bar.get_xdata()) for bar in bars] == list(zip(table["low"], table["high"], strict=True))
+    assert dots[1].get_color() == dots[2].get_color() == plots.METHOD_COLOURS["MAGPRUNE"]
+
+
+def test_damage_is_drawn_with_a_label_for_each_method() -> None:
+    summary = pd.DataFrame(
+        {
+            "method": ["DARE", "MP"],
+            "parameter_error": [9.0, 0.5],
+            "drift": [0.01, 0.03],
+            "low": [0.005, 0.02],
+            "high": [0.02, 0.04],
+        }
+    )
+    ax = plots.damage_scatter(summary)
+    dots = {
+        line.get_color(): (line.get_xdata()[0], line.get_ydata()[0])
+        for line in ax.get_lines()
+        if line.get_marker() == "o"
+    }
+    assert dots == {plots.METHOD_COLOURS["DARE"]: (9.0, 0.01), plots.METHOD_COLOURS["MP"]: (0.5, 0.03)}
+    assert {text.get_text(): text.get_color() for text in ax.texts} == {
+        "DARE": plots.METHOD_COLOURS["DARE"],
+        "MP": plots.METHOD_COLOURS["MP"],
+    }
+    assert ax.get_xscale() == ax.get_yscale() == "log"
+
+
+def test_the_map_names_clear_winners_only() -> None:
+    best = pd.DataFrame(
+        {
+            "pair": ["a", "a", "b"],
+            "drop_rate": [0.5, 0.9, 0.5],
+            "method": ["DARE", "MP", "MP"],
+            "lead": [0.2, 0.01, 0.4],
+            "clear": [True, False, True],
+        }
+    )
+    ax = plots.winner_map(best)
+    assert [text.get_text() for text in ax.texts] == ["DARE\n+20", "no clear\nwinner", "MP\n+40"]
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == ["b", "a"]
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["0.5", "0.9"]
+    assert len({patch.get_facecolor() for patch in ax.patches}) == 3

@@ -23,8 +23,9 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LAYERS = (
     ("_errors", "names"),
     ("paths", "philox", "storage"),
-    ("checkpoint", "kernels"),
-    ("torch_kernels",),
+    ("checkpoint", "kernel_drop"),
+    ("kernel_order",),
+    ("kernels", "torch_kernels"),
     ("blocks",),
     ("cut", "rescaling"),
     ("rows",),
@@ -50,7 +51,7 @@ def _pins() -> dict[str, str]:
 def test_every_dependency_is_pinned_within_its_bounds() -> None:
     pins = _pins()
     extras = PROJECT["optional-dependencies"]
-    for text in (*PROJECT["dependencies"], *extras["notebooks"], *extras["test"]):
+    for text in (*PROJECT["dependencies"], *(each for extra in extras.values() for each in extra)):
         requirement = Requirement(text)
         assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)])
 
