@@ -40,4 +40,6 @@ refresh: install
 	@$(BIN)/python -m delta_analysis.refresh
 
 bench: install
-	@$(BIN)/python benchmarks/run.py
+	@echo "== bench: mergekit and peft, to measure beside"
+	@$(PIP) install --quiet --progress-bar off --constraint constraints.txt --editable ".[bench]"
+	@$(BIN)/python -m benchmarks.run

@@ -1,62 +1,118 @@
-"""Speed of the package against the machine's own limit, a copy: `make bench`.
+"""Speed and memory of the operators beside a copy and beside other packages: `make bench`.
 
-Prints a table and writes it into benchmarks/README.md.
+Prints its tables and writes them into benchmarks/README.md; with `--quick`, on small tensors, it
+only prints them.
 """
 
 from __future__ import annotations
 
+import argparse
+import os
 import platform
-import statistics
-import time
-from collections.abc import Callable
-from functools import partial
+import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
-import delta_analysis as da
-from delta_analysis.ranges import tally
+from benchmarks import tables
+from benchmarks.device import device_times
+from benchmarks.memory import Shares, memory_shares
+from benchmarks.ours import OPERATORS, STATISTICS
+from benchmarks.peers import PEERS
+from benchmarks.stages import stage_times
+from benchmarks.tables import DTYPES, Races
+from benchmarks.timing import THREADS, Setting, race, warm_up
 
-SIZES = (10_000, 1_000_000, 4096 * 11008)
-RUNS = 7
+MAIN = (4096, 11008)
+SHAPES = ((100, 100), (250, 400), (1000, 1000), (2500, 4000), MAIN, (10_000, 10_000))
 README = Path(__file__).with_name("README.md")
 MARK = "<!-- table -->"
 
 
-def seconds(work: Callable[[], object]) -> float:
-    """Median time of a call after one warm-up."""
-    work()
-    times = []
-    for _ in range(RUNS):
-        started = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times)
-
-
-def measure() -> list[str]:
-    rows = ["| entries | work | ns an entry | times a copy |", "|---|---|---|---|"]
-    for size in SIZES:
-        tensor = torch.randn(size, generator=torch.Generator().manual_seed(0)) * 1e-3
-        dare = da.Dare(0.9)
-        works: dict[str, Callable[[], object]] = {
-            "copy (`torch.clone`)": tensor.clone,
-            "`Dare(0.9)`": partial(dare, tensor, name="w", seed=0),
-            "`value_ranges`, one tensor": partial(tally, tensor),
-        }
-        times = {name: seconds(work) for name, work in works.items()}
-        copy = next(iter(times.values()))
-        for name, taken in times.items():
-            rows.append(f"| {size:,} | {name} | {taken / size * 1e9:.2f} | {taken / copy:.1f} |")
-            print(rows[-1], flush=True)
-    return rows
-
-
 def main() -> None:
-    rows = measure()
-    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, float32"
-    head = README.read_text(encoding="utf-8").split(MARK)[0]
-    README.write_text(f"{head}{MARK}\n\nMeasured on {machine}.\n\n" + "\n".join(rows) + "\n", encoding="utf-8")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="sizes up to 10⁶, in a minute or two; no file is written")
+    quick = parser.parse_args().quick
+    shapes = SHAPES[:3] if quick else SHAPES
+    text = measure(shapes, shapes[-1] if quick else MAIN, budget=0.1 if quick else 1.5)
+    print(text)
+    if not quick:
+        head = README.read_text(encoding="utf-8").split(MARK)[0]
+        README.write_text(f"{head}{MARK}\n\n{text}\n", encoding="utf-8")
+
+
+def measure(shapes: tuple[tuple[int, int], ...], main_shape: tuple[int, int], budget: float) -> str:
+    """All tables as markdown."""
+    say("memory")
+    shares = memory_shares((*OPERATORS, *PEERS), DTYPES, main_shape)
+    for dtype in DTYPES:
+        warm_up({**OPERATORS, **STATISTICS, **PEERS}, dtype)
+    settings = [Setting(shape, dtype, THREADS) for shape in shapes for dtype in DTYPES]
+    settings += [Setting(main_shape, dtype, 1) for dtype in DTYPES]
+    races = {setting: run(setting, budget) for setting in settings}
+    say("stages")
+    stages = {dtype: stage_times(main_shape, dtype, budget) for dtype in DTYPES}
+    parts = [
+        machine(),
+        *speed(races, shapes, main_shape, shares),
+        "## Where the time goes",
+        f"{tables.size_name(main_shape)}, one thread, ns an entry; a stage writes into memory that is ready.",
+        tables.stages(stages),
+    ]
+    if torch.cuda.is_available():
+        say("device")
+        times = {setting: device_times(setting, "cuda", budget) for setting in settings if setting.threads == 1}
+        parts += [f"## On {torch.cuda.get_device_name()}", "ns an entry (copies):", tables.on_device(times)]
+    return "\n\n".join(parts)
+
+
+def run(setting: Setting, budget: float) -> dict[str, float]:
+    say(f"{tables.size_name(setting.shape)}, {tables.dtype_name(setting.dtype)}, threads: {setting.threads}")
+    return race(setting, PEERS, budget)
+
+
+def speed(
+    races: Races, shapes: tuple[tuple[int, int], ...], main_shape: tuple[int, int], shares: Shares
+) -> tuple[str, ...]:
+    size = tables.size_name(main_shape)
+    memory = "memory", {each: f"{share:.2f}" for each, share in shares.items()}
+    return (
+        f"## {size}, two threads",
+        tables.targets(races, main_shape, shares),
+        "ns an entry; `copies`: times as long as `torch.clone`; under a peer: its ns an entry, how many times ours.",
+        tables.by_operator(races, main_shape, THREADS, memory),
+        f"## {size}, one thread",
+        "The last column says how many times faster two threads are.",
+        tables.by_operator(races, main_shape, 1, tables.second_thread(races, main_shape)),
+        "## Over sizes, two threads",
+        "ns an entry (copies):",
+        tables.by_size(races, shapes),
+        f"Peers, ns an entry (times ours). {tables.where_slower(races)}",
+        tables.peers_by_size(races, shapes),
+        "## Peak memory",
+        f"{size}: (input + what a call adds at its peak) / (input + output).",
+        tables.memory(shares) if shares else "Not measured: it takes Linux.",
+    )
+
+
+def machine() -> str:
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "numpy", "numba", "peft", "mergekit"))
+    return f"Measured on {processor()}, {os.cpu_count()} cores, Python {platform.python_version()}, {packages}."
+
+
+def processor() -> str:
+    """The processor's name where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def say(what: str) -> None:
+    print(f"== bench: {what}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from delta_analysis._errors import CheckpointError, NotHomologousError
 from delta_analysis.delta import Delta, drop_summary, load_delta
-from delta_analysis.pruning import Dare
+from delta_analysis.philox import random_bits
+from delta_analysis.pruning import Dare, Magnitude, MagPrune, Pruner
 from tests.conftest import SaveCheckpoint
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -407,3 +408,137 @@ def test_refusals_are_value_errors(save_checkpoint: SaveCheckpoint) -> None:
     base = save_checkpoint("base", {"a.weight": torch.ones(2)})
     with pytest.raises(ValueError, match="no tensor in common"):
         load_delta(base=base, finetuned=save_checkpoint("finetuned", {"b.weight": torch.ones(2)}))
+
+
+EVERY = [
+    Dare(0.6),
+    Dare(0.6, "l1"),
+    Magnitude(0.6),
+    Magnitude(0.6, "row"),
+    Magnitude(0.6, "model"),
+    MagPrune(0.6),
+    MagPrune(0.6, rank="tensor"),
+    MagPrune(0.6, rank="value"),
+]
+
+
+def tied(seed: int, *shape: int) -> torch.Tensor:
+    return (2 * normal(seed, *shape)).round()
+
+
+@pytest.fixture
+def coarse(save_checkpoint: SaveCheckpoint) -> Delta:
+    """A delta from zero with many entries of equal size, in tensors of several shapes and dtypes."""
+    shapes = [(30,), (20, 30), (4, 5, 6), (1,)]
+    dtypes = [torch.float32, torch.bfloat16, torch.float16, torch.float32]
+    tensors = {
+        name: tied(i, *shape).to(dtype)
+        for i, (name, shape, dtype) in enumerate(zip(LAYERS, shapes, dtypes, strict=True))
+    }
+    return load_delta(base=None, finetuned=save_checkpoint("coarse", tensors))
+
+
+def least_of_all(delta: Delta, drop_rate: float, seed: int) -> dict[str, torch.Tensor]:
+    """The tensors less the round(p · N) least entries of all, by sorting."""
+    places = [
+        (abs(value), number, name, i)
+        for name, tensor in delta.items()
+        for i, (value, number) in enumerate(
+            zip(tensor.flatten().tolist(), random_bits(tensor.numel(), seed=seed, name=name).tolist(), strict=True)
+        )
+    ]
+    left = {name: tensor.clone() for name, tensor in delta.items()}
+    for _, _, name, i in sorted(places)[: round(drop_rate * len(places))]:
+        left[name].view(-1)[i] = 0
+    return left
+
+
+@pytest.mark.parametrize("drop_rate", [0, 0.1, 0.5, 0.77, 0.99, 1])
+def test_the_least_entries_of_the_whole_model_are_dropped(coarse: Delta, drop_rate: float) -> None:
+    pruned = coarse.pruned(Magnitude(drop_rate, "model"), seed=5)
+    for name, expected in least_of_all(coarse, drop_rate, 5).items():
+        assert torch.equal(pruned[name], expected)
+
+
+def test_a_share_of_the_whole_model_is_no_share_of_each_tensor(save_checkpoint: SaveCheckpoint) -> None:
+    tensors = {name: normal(i, 50, 40) * 2**i for i, name in enumerate(LAYERS)}
+    delta = load_delta(base=None, finetuned=save_checkpoint("model", tensors)).pruned(Magnitude(0.7, "model"), seed=0)
+    kept = [int(torch.count_nonzero(tensor)) for tensor in delta.values()]
+    assert sum(kept) == 8000 - round(0.7 * 8000)
+    assert kept[0] < kept[1] < kept[2] < kept[3]
+
+
+def test_the_whole_model_is_read_when_its_first_item_is_and_then_no_more(
+    coarse: Delta, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: list[str] = []
+    real = Delta.read
+
+    def read(self: Delta, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.edits:
+            reads.append(name)
+        return real(self, name)
+
+    monkeypatch.setattr(Delta, "read", read)
+    pruned = coarse.pruned(Magnitude(0.5, "model"), seed=0)
+    assert not reads
+    first = pruned[LAYERS[2]]
+    before = list(reads)
+    assert set(before) == set(LAYERS)
+    for name in reversed(LAYERS):
+        pruned[name]
+    assert reads == before
+    assert torch.equal(first, pruned[LAYERS[2]])
+
+
+def test_the_whole_model_after_another_pruner(coarse: Delta) -> None:
+    halved = coarse.pruned(MagPrune(0.5), seed=1)
+    both = halved.pruned(Magnitude(0.8, "model"), seed=2)
+    again = both.pruned(Magnitude(0.9, "model"), seed=3).pruned(Dare(0.5), seed=4)
+    expected = least_of_all(halved, 0.8, 2)
+    for name in LAYERS:
+        assert torch.equal(both[name], expected[name])
+    for name, tensor in least_of_all(both, 0.9, 3).items():
+        assert torch.equal(again[name], Dare(0.5)(tensor, name=name, seed=4))
+
+
+@pytest.mark.parametrize(("rescale", "power"), [("l1", 1), ("l2", 2)])
+def test_the_whole_model_is_cut_together_and_rescaled_by_tensor(coarse: Delta, rescale: str, power: int) -> None:
+    pruned = coarse.pruned(Magnitude(0.5, "model", rescale), seed=0)
+    plain = coarse.pruned(Magnitude(0.5, "model"), seed=0)
+    for name, tensor in coarse.items():
+        kept = plain[name].double().abs().pow(power).sum()
+        ratio = (tensor.double().abs().pow(power).sum() / kept) ** (1 / power) if kept else 1.0
+        torch.testing.assert_close(pruned[name].double(), plain[name].double() * ratio, rtol=2e-7, atol=0)
+
+
+@pytest.mark.parametrize("pruner", EVERY, ids=lambda pruner: pruner.method)
+def test_without_a_base_every_pruner_prunes_the_weights(coarse: Delta, pruner: Pruner) -> None:
+    pruned = coarse.pruned(pruner, seed=3)
+    backwards = {name: pruned[name] for name in reversed(LAYERS)}
+    afresh = coarse.pruned(pruner, seed=3)
+    whole = least_of_all(coarse, 0.6, 3)
+    for name, weights in coarse.items():
+        scope = getattr(pruner, "scope", "")
+        expected = whole[name] if scope == "model" else pruner(weights, name=name, seed=3)
+        assert torch.equal(afresh[name], expected)
+        assert torch.equal(backwards[name], expected)
+        assert torch.equal(pruned.read(name)[1], torch.zeros_like(weights))
+
+
+def test_summary_of_magnitude_pruning(coarse: Delta) -> None:
+    # Zeros are dropped first, so that of the others fewer than p are.
+    summary = coarse.pruned(Magnitude(0.6), seed=0).summary().set_index("tensor")
+    for name, tensor in coarse.items():
+        zero = 1 - int(torch.count_nonzero(tensor)) / tensor.numel()
+        dropped = round(0.6 * tensor.numel()) / tensor.numel()
+        row = summary.loc[name]
+        assert row["zero_before"] == pytest.approx(zero)
+        expected = max((dropped - zero) / (1 - zero), 0) if zero < 1 else 0.0
+        assert row["achieved_drop_rate"] == pytest.approx(expected)
+    assert 0.1 < summary.loc[LAYERS[1], "zero_before"] < 0.3
+    together = coarse.pruned(Magnitude(0.6, "model"), seed=0).summary()
+    total = together["numel"].sum()
+    zero = (together["zero_before"] * together["numel"]).sum()
+    dropped = (together["achieved_drop_rate"] * (1 - together["zero_before"]) * together["numel"]).sum()
+    assert zero + dropped == pytest.approx(round(0.6 * total))

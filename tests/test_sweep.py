@@ -14,9 +14,12 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from delta_analysis.checkpoint import open_checkpoint
+from delta_analysis.evaluate import ExactMatch, load_model, load_questions, load_tokenizer
+from delta_analysis.family import questions_file
 from delta_analysis.intervals import METRICS, metric_interval
-from delta_analysis.pruning import Dare
-from delta_analysis.sweep import EditableModel, Pair, drop_curve, outcome_matrix, sweep
+from delta_analysis.pruning import Dare, Magnitude, MagPrune, Pruner, prepared
+from delta_analysis.sweep import EditableModel, Pair, drop_curve, options, outcome_matrix, sweep
 from delta_analysis.zoo.tokenizer import character_tokenizer
 
 NORM, EMBED, UP = "model.norm.weight", "model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight"
@@ -331,3 +334,65 @@ def test_drop_curve_of_a_sweep(family: Family) -> None:
     for row in curve.itertuples():
         group = cells[(cells["method"] == row.method) & (cells["drop_rate"] == row.drop_rate)]
         assert row.value == pytest.approx(group["value"].mean())
+
+
+@pytest.mark.parametrize(
+    "pruner",
+    [Magnitude(0.6), Magnitude(0.6, "row", "l1"), Magnitude(0.6, "model"), MagPrune(0.6), MagPrune(0.6, 0.1, "value")],
+    ids=lambda pruner: pruner.method,
+)
+def test_cells_of_every_pruner_are_base_plus_pruned_delta(family: Family, pruner: Pruner) -> None:
+    names = tuple(family.base_weights)
+    delta = {name: family.finetuned_weights[name] - family.base_weights[name] for name in names}
+    (cell,) = sweep([family.pair()], [pruner], [3]).itertuples()
+    prune = prepared(pruner, delta, 3)
+    pruned = {name: prune(delta[name], name=name, seed=3) for name in names}
+    assert np.array_equal(
+        cell.outcomes, flat({name: family.base_weights[name] + pruned[name] for name in names}, names)
+    )
+    assert (cell.method, cell.drop_rate, cell.rescale) == (pruner.method, 0.6, pruner.rescale)
+    nonzero, left = (sum(int((each != 0).sum()) for each in tensors.values()) for tensors in (delta, pruned))
+    assert cell.achieved_drop_rate == pytest.approx(1 - left / nonzero)
+
+
+def test_magnitude_over_the_whole_model_drops_its_least_entries(family: Family) -> None:
+    total = sum(weight.numel() for weight in family.base_weights.values())
+    delta = {name: family.finetuned_weights[name] - family.base_weights[name] for name in family.base_weights}
+    zero = sum(int((tensor == 0).sum()) for tensor in delta.values())
+    cells = sweep([family.pair(NORM)], [Magnitude(p, "model") for p in (0.3, 0.8)], [0])
+    # About half of the entries are zero to begin with and fall first.
+    expected = [max((round(p * total) - zero) / (total - zero), 0) for p in (0.3, 0.8)]
+    assert cells["achieved_drop_rate"].tolist() == pytest.approx(expected)
+
+
+def test_options_of_pruners_are_columns_of_their_own(family: Family) -> None:
+    pruners = [Dare(0.5), Magnitude(0.5, "row"), MagPrune(0.5), MagPrune(0.5, 0.25, "tensor")]
+    cells = sweep([family.pair(NORM)], pruners, [0])
+    assert list(cells.columns) == [*COLUMNS, "option_scope", "option_window", "option_rank"]
+    own = cells[["option_scope", "option_window", "option_rank"]].astype(object)
+    assert own.where(own.notna(), None).to_numpy().tolist() == [
+        [None, None, None],
+        ["row", None, None],
+        [None, "widest", "row"],
+        [None, "0.25", "tensor"],
+    ]
+
+
+def test_options_by_hand() -> None:
+    assert options(Dare(0.5)) == {}
+    assert options(Magnitude(0.5)) == {"option_scope": "tensor"}
+    assert options(MagPrune(0.5, 0)) == {"option_window": "0", "option_rank": "row"}
+
+
+def test_dropping_the_weights_of_an_embedded_model() -> None:
+    questions = ExactMatch(tuple(load_questions(questions_file("instruct"), 12)))
+    checkpoint = open_checkpoint("zoo:small/instruct")
+    untouched = questions(load_model(checkpoint), load_tokenizer(checkpoint))
+    assert untouched.any()
+    pair = Pair("nothing → instruct", None, "zoo:small/instruct", questions)
+    pruners = [Dare(0), Magnitude(0, "model"), MagPrune(0), Magnitude(0.9), MagPrune(1)]
+    cells = sweep([pair], pruners, [0])
+    for outcomes in cells["outcomes"][:3]:
+        assert np.array_equal(outcomes, untouched)
+    assert cells["value"].tolist()[3:] == [0, 0]
+    assert cells["achieved_drop_rate"].tolist() == pytest.approx([0, 0, 0, 0.9, 1], abs=0.01)
