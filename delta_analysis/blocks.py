@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from threading import Barrier
 from types import ModuleType
 from typing import TypeVar
 
@@ -106,4 +107,22 @@ def _empty_like(tensor: torch.Tensor) -> torch.Tensor:
 @cache
 def _pool(process: int, threads: int) -> ThreadPoolExecutor:
     """Threads for one process: a forked child has none of its parent's."""
-    return ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+    return single_threaded_pool(threads)
+
+
+def single_threaded_pool(threads: int) -> ThreadPoolExecutor:
+    """Threads in each of which torch uses one core."""
+    here, started = torch.get_num_threads(), Barrier(threads + 1)
+    pool = ThreadPoolExecutor(threads, initializer=_use_one_core)
+    for _ in range(threads):
+        pool.submit(started.wait)
+    started.wait()
+    # What a thread sets becomes the default of threads to come; so the default is put back.
+    torch.set_num_threads(here)
+    return pool
+
+
+def _use_one_core() -> None:
+    # Asking first makes torch read the default now, and not over our setting later.
+    torch.get_num_threads()
+    torch.set_num_threads(1)

@@ -19,6 +19,8 @@ Tensors = Callable[[], Iterable[tuple[str, torch.Tensor]]]
 """Starts a pass: each call yields every tensor with its name again, in any order."""
 _COUNTED = 2**22
 """Entries of a block that is counted; each gives a table of counts of its own."""
+_SUMMED = 2**23
+"""Entries whose tables of counts are held at a time."""
 _SIGMAS = 9
 
 
@@ -42,8 +44,8 @@ class Cut:
         return self.magnitude, self.number + (name < self.name), 0
 
 
-def find_cut(tensors: Tensors, count: int, *, seed: int) -> Cut:
-    """The cut below which exactly `count` entries lie, in at most three passes over the tensors.
+def find_cut(tensors: Tensors, drop_rate: float, *, seed: int) -> Cut:
+    """The cut below which exactly `round(p · n)` of n entries lie, in at most three passes over the tensors.
 
     The first pass counts the upper 15 bits of the magnitudes, the second the lower 16 of those in
     the bucket that holds the cut; so its magnitude is exact. If only some of the entries of that
@@ -51,9 +53,11 @@ def find_cut(tensors: Tensors, count: int, *, seed: int) -> Cut:
     the cut among them is known within a narrow window beforehand, and only the entries in the window
     are collected. (A rank outside nine standard deviations would take one more pass.)
     """
+    high_counts = _count_all(tensors, HIGH, count_high)
+    count = round(drop_rate * int(high_counts.sum()))
     if count == 0:
         return Cut(0)
-    high, remaining = _place(_count_all(tensors, HIGH, count_high), count)
+    high, remaining = _place(high_counts, count)
     low_counts = _count_all(tensors, LOW, count_low(high))
     low, remaining = _place(low_counts, remaining)
     magnitude, ties = high * LOW + low, int(low_counts[low])
@@ -89,8 +93,10 @@ def count_low(high: int) -> Count:
 def count_digit(tensor: torch.Tensor, size: int, count: Count) -> np.ndarray:
     """The sum over a tensor's blocks of a table of `size` counts."""
     kernels = kernels_for(tensor.device)
-    tables = map_blocks(tensor, lambda values, _: count(kernels, values), block=_COUNTED, dtypes=NATIVE)
-    return sum(tables, np.zeros(size, dtype=np.int64))
+    total = np.zeros(size, dtype=np.int64)
+    for part in tensor.detach().reshape(-1).split(_SUMMED):
+        total += sum(map_blocks(part, lambda values, _: count(kernels, values), block=_COUNTED, dtypes=NATIVE))
+    return total
 
 
 def _count_all(tensors: Tensors, size: int, count: Count) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import importlib.metadata
 import json
 import platform
@@ -57,6 +58,8 @@ def small_figures() -> None:
     """From now on show figures as PNG with a palette of 128 colours, a third of the size of full colour."""
     shell = get_ipython()
     if shell is not None:
+        # The backend registers its own format when the first figure is made, unless it has done so before.
+        importlib.import_module("matplotlib_inline.backend_inline")
         shell.display_formatter.formatters["image/png"].for_type(Figure, palette_png)
 
 

@@ -91,7 +91,7 @@ class Dare:
     rescale: Rescale = "inverse_keep"
 
     def __post_init__(self) -> None:
-        check_drop_rate(self.drop_rate)
+        object.__setattr__(self, "drop_rate", checked_drop_rate(self.drop_rate))
         check_rescale(self.rescale)
 
     @property
@@ -108,7 +108,7 @@ class Dare:
     def __call__(self, tensor: torch.Tensor, *, name: str, seed: int) -> torch.Tensor:
         """The pruned tensor, of the input's shape, dtype and device."""
         kernels, key = kernels_for(tensor.device), stream_key(seed, name)
-        p, factor = float(self.drop_rate), uniform_factor(self.rescale, self.drop_rate)
+        p, factor = self.drop_rate, uniform_factor(self.rescale, self.drop_rate)
         pruned = new_tensor(
             tensor, lambda values, start, out: kernels.drop(values, p, factor, key, start, out), dtypes=NATIVE
         )
@@ -151,7 +151,7 @@ class Magnitude:
     rescale: Rescale = "none"
 
     def __post_init__(self) -> None:
-        check_drop_rate(self.drop_rate)
+        object.__setattr__(self, "drop_rate", checked_drop_rate(self.drop_rate))
         if self.scope not in SCOPES:
             raise ValueError(one_of("scope", self.scope, SCOPES))
         check_rescale(self.rescale)
@@ -182,8 +182,7 @@ class Magnitude:
 
     def cut(self, tensors: Mapping[str, torch.Tensor], seed: int) -> Cut:
         """Where the entries to drop end, in the order of magnitudes over all these tensors."""
-        numel = sum(tensor.numel() for tensor in tensors.values())
-        return find_cut(tensors.items, round(self.drop_rate * numel), seed=seed)
+        return find_cut(tensors.items, self.drop_rate, seed=seed)
 
     def drop_below(self, cut: Cut, tensor: torch.Tensor, *, name: str, seed: int) -> torch.Tensor:
         """One of the tensors whose cut was found, pruned."""
@@ -239,7 +238,7 @@ class MagPrune:
     rescale: Rescale = "inverse_keep"
 
     def __post_init__(self) -> None:
-        check_drop_rate(self.drop_rate)
+        object.__setattr__(self, "drop_rate", checked_drop_rate(self.drop_rate))
         check_window(self.window, self.drop_rate)
         if self.rank not in RANKS:
             raise ValueError(one_of("rank", self.rank, RANKS))
@@ -295,10 +294,11 @@ def prepared(pruner: Pruner, tensors: Mapping[str, torch.Tensor], seed: int) -> 
     return pruner
 
 
-def check_drop_rate(drop_rate: float) -> None:
-    """Raise unless the drop rate is a number in [0, 1]."""
+def checked_drop_rate(drop_rate: float) -> float:
+    """The drop rate as a float; raise unless it is a number in [0, 1]."""
     if not isinstance(drop_rate, Real) or isinstance(drop_rate, bool) or not 0 <= drop_rate <= 1:
         raise ValueError(f"drop_rate must be a number in [0, 1], the share of entries set to zero; not {drop_rate!r}")
+    return float(drop_rate)
 
 
 def check_window(window: str | float, drop_rate: float) -> None:
@@ -308,7 +308,10 @@ def check_window(window: str | float, drop_rate: float) -> None:
     if not isinstance(window, Real) or isinstance(window, bool) or not 0 <= window < math.inf:
         raise ValueError(f"window must be 'widest' or a width of at least 0; not {window!r}")
     if 0 < drop_rate < 1 and not (0 <= drop_rate - window / 2 and drop_rate + window / 2 < 1):
-        limit = f"at most {2 * drop_rate:g}" if drop_rate < 0.5 else f"below {2 * (1 - drop_rate):g}"
+        # Rounded down, so that the limit it names is allowed.
+        limit = (
+            f"at most {math.floor(2e6 * drop_rate) / 1e6:g}" if drop_rate < 0.5 else f"below {2 * (1 - drop_rate):g}"
+        )
         raise ValueError(
             f"window {window!r} takes drop probabilities out of [0, 1) at drop rate {drop_rate!r}; it must be {limit}"
         )

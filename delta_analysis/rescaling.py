@@ -48,7 +48,10 @@ def match_norm(pruned: torch.Tensor, tensor: torch.Tensor, rescale: Rescale, nam
     """The pruned tensor, rescaled in place to the norm of the whole one if the rescale asks for it."""
     if rescale not in _POWERS:
         return pruned
-    factor = float(np.float32(norm_ratio(tensor, pruned, _POWERS[str(rescale)], name)))
+    factor = norm_ratio(tensor, pruned, _POWERS[str(rescale)], name)
+    if factor > float(np.finfo(np.float32).max):
+        raise ValueError(f"tensor {name!r}: the factor {factor:g} that would restore its norm is beyond float32")
+    factor = float(np.float32(factor))
     flat = pruned.view(-1)
 
     def multiply(values: torch.Tensor, start: int) -> None:

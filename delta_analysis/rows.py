@@ -19,7 +19,7 @@ Probability = Callable[[torch.Tensor], torch.Tensor]
 ROWS_BLOCK = 2**17
 """Entries whose probabilities are held at a time by a thread; they stay in its cache."""
 LONG_ROW = 2**20
-PARTS = 96
+PARTS = 160
 """A long row is ranked in about this many parts, so that ranks take a hundredth of its memory each."""
 
 
@@ -81,23 +81,32 @@ def _drop_half_width(
         p = table[block.view(torch.int16).to(torch.int64) & (HIGH - 1)]
         kernels.drop(block, p, factor, key, begin + start, out[start : start + block.numel()])
 
-    map_blocks(values, work, block=ROWS_BLOCK, dtypes=NATIVE)
+    map_blocks(values, work, block=ROWS_BLOCK // 4, dtypes=NATIVE)
 
 
 def _drop_by_parts(
     values: torch.Tensor, begin: int, probability: Probability, factor: float | None, key: Key, out: torch.Tensor
 ) -> None:
     """Drop within one long row, the entries of a few neighbouring magnitudes at a time."""
-    for low, high, before, count in _parts(values, max(values.numel() // PARTS, LONG_ROW // 4)):
+
+    def drop_at(positions: torch.Tensor, sums: float | None, before: int) -> None:
+        chosen = values[positions].to(torch.float32)
+        if sums is None:
+            ranks = kernels.rank_sums(chosen[None])[0].add_(2 * before)
+        else:
+            ranks = torch.full(chosen.shape, sums, dtype=torch.float64)
+        kept = kernels.drop_at(chosen, probability(ranks), factor, key, positions + begin)
+        out[positions] = kept.to(out.dtype)
+
+    for low, high, before, count in _parts(values, max(values.numel() // PARTS, LONG_ROW // 8)):
         find = partial(kernels.positions_between, low=low, high=high)
-        found = map_blocks(values, lambda block, start: find(block, start=start), dtypes=NATIVE)  # noqa: B023
-        # Entries of one magnitude share a rank and need not be held together, however many.
-        for positions in found if high - low == 1 else [torch.cat(found)]:
-            chosen = values[positions].to(torch.float32)
-            inner = kernels.rank_sums(chosen[None])[0] if high - low > 1 else torch.full(chosen.shape, count + 1.0)
-            p = probability(inner.to(torch.float64).add_(2 * before))
-            kept = kernels.drop_at(chosen, p, factor, key, positions + begin)
-            out[positions] = kept.to(out.dtype)
+        if high - low == 1:
+            # Entries of one magnitude share a rank and need not be held together, however many.
+            drop_shared = partial(drop_at, sums=2.0 * before + count + 1, before=before)
+            map_blocks(values, lambda block, start: drop_shared(find(block, start=start)), dtypes=NATIVE)  # noqa: B023
+        else:
+            found = map_blocks(values, lambda block, start: find(block, start=start), dtypes=NATIVE)  # noqa: B023
+            drop_at(torch.cat(found), None, before)
 
 
 def _parts(values: torch.Tensor, size: int) -> Iterator[tuple[int, int, int, int]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from threading import Lock
 from typing import Protocol, TypeVar
@@ -15,6 +14,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from delta_analysis.blocks import single_threaded_pool
 from delta_analysis.delta import load_delta
 from delta_analysis.evaluate import load_model, load_tokenizer, patched
 from delta_analysis.intervals import METRICS, metric_interval
@@ -127,7 +127,7 @@ def for_each_pair(work: Callable[[Pair], Result], pairs: Sequence[Pair], workers
     """
     if workers == 1:
         return [work(pair) for pair in pairs]
-    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with single_threaded_pool(workers) as pool:
         return list(pool.map(work, pairs))
 
 

@@ -1,7 +1,7 @@
 """The inner loops of pruning in plain torch, for devices other than the CPU; see `kernels`.
 
 Every operation is an integer one or a single correctly rounded float one, so that the bits are
-those of the CPU's loops.
+those of the CPU's loops, the payload of a NaN aside.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from delta_analysis import kernels
-from delta_analysis.blocks import BLOCK, kernels_for, map_blocks, new_tensor, row_length
+from delta_analysis.blocks import BLOCK, kernels_for, map_blocks, new_tensor, row_length, single_threaded_pool
 from delta_analysis.storage import NATIVE
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -171,3 +171,22 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 def test_a_forked_child_has_threads_of_its_own() -> None:
     assert subprocess.run([sys.executable, "-c", FORKS], timeout=120, check=False).returncode == 0
+
+
+def test_threads_of_ours_leave_the_default_of_others_alone() -> None:
+    """What a thread sets becomes the default of threads to come, unless it is put back."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        pool = single_threaded_pool(3)
+        inside = [pool.submit(torch.get_num_threads).result() for _ in range(6)]
+        seen: list[int] = []
+        later = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+        later.start()
+        later.join()
+        assert inside == [1] * 6
+        assert seen == [3]
+        assert torch.get_num_threads() == 3
+        pool.shutdown()
+    finally:
+        torch.set_num_threads(before)

@@ -41,7 +41,7 @@ for call in sys.argv[1:]:
     print(call, os.fdopen(read).read(), sep="\\t")
     os.waitpid(child, 0)
 """
-CALLS = ["Dare(0.9)", "Magnitude(0.9)", "MagPrune(0.9)"]
+CALLS = ["Dare(0.9)", "Dare(0.9, 'l1')", "Magnitude(0.9)", "MagPrune(0.9)", "MagPrune(0.9, rank='tensor')"]
 
 
 @pytest.fixture(scope="module")

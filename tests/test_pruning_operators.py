@@ -633,3 +633,30 @@ def test_pruners_are_frozen_values() -> None:
     for pruner in (Magnitude(0.5), MagPrune(0.5)):
         with pytest.raises(dataclasses.FrozenInstanceError):
             pruner.drop_rate = 0.6  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("pruner", [Dare, Magnitude, MagPrune])
+def test_the_drop_rate_is_a_float_whatever_number_is_given(pruner: type) -> None:
+    given = pruner(np.float32(0.3))
+    assert type(given.drop_rate) is float
+    assert given == pruner(float(np.float32(0.3)))
+    assert pruner(1).drop_rate == 1.0
+
+
+@pytest.mark.parametrize("drop_rate", [1 / 3, 0.1, 0.123456789, 2 / 7])
+def test_the_limit_that_an_error_names_is_allowed(drop_rate: float) -> None:
+    with pytest.raises(ValueError, match="it must be at most") as raised:
+        MagPrune(drop_rate, window=0.99)
+    MagPrune(drop_rate, window=float(str(raised.value).rsplit(" ", 1)[1]))
+
+
+@pytest.mark.parametrize("rescale", ["l1", "l2"])
+def test_a_norm_out_of_reach_is_an_error(rescale: str) -> None:
+    delta = torch.tensor([1e38, 1e38, 1e-45, 1e-45])
+    tiny = next(
+        seed
+        for seed in range(999)
+        if (survivors := Dare(0.5, "none")(delta, name="w", seed=seed))[2:].any() and not survivors[:2].any()
+    )
+    with pytest.raises(ValueError, match="'w'.*beyond float32"):
+        Dare(0.5, rescale)(delta, name="w", seed=tiny)
