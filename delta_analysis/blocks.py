@@ -10,8 +10,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-from threading import Barrier
+from threading import Barrier, Lock
 from types import ModuleType
 from typing import TypeVar
 
@@ -24,6 +23,8 @@ Result = TypeVar("Result")
 BLOCK = 2**18
 """Entries of a block on the CPU where work on it takes memory: a megabyte in float32."""
 DEVICE_BLOCK = 2**24
+_pools: dict[tuple[int, int], ThreadPoolExecutor] = {}
+_building = Lock()
 
 
 def kernels_for(device: torch.device) -> ModuleType:
@@ -54,6 +55,8 @@ def map_blocks(
     block : about how many entries a block has.
     dtypes : those that `work` reads; a tensor of another one comes as float32.
     """
+    if not tensor.is_floating_point():
+        raise ValueError(f"a tensor of floating dtype is needed; this one is {tensor.dtype}")
     flat = tensor.detach().reshape(-1)
     on_cpu = flat.device.type == "cpu"
     convert = flat.dtype not in dtypes
@@ -70,7 +73,7 @@ def map_blocks(
         return run(starts)
     edges = [len(starts) * i // threads for i in range(threads + 1)]
     parts = [starts[edges[i] : edges[i + 1]] for i in range(threads)]
-    return [result for part in _pool(os.getpid(), threads).map(run, parts) for result in part]
+    return [result for part in _pool(threads).map(run, parts) for result in part]
 
 
 def new_tensor(
@@ -104,19 +107,27 @@ def _empty_like(tensor: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(memory).view(tensor.dtype).view(tensor.shape)
 
 
-@cache
-def _pool(process: int, threads: int) -> ThreadPoolExecutor:
-    """Threads for one process: a forked child has none of its parent's."""
-    return single_threaded_pool(threads)
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """Threads of this process: a forked child has none of its parent's."""
+    with _building:
+        key = os.getpid(), threads
+        if key not in _pools:
+            _pools[key] = single_threaded_pool(threads)
+        return _pools[key]
 
 
 def single_threaded_pool(threads: int) -> ThreadPoolExecutor:
     """Threads in each of which torch uses one core."""
     here, started = torch.get_num_threads(), Barrier(threads + 1)
     pool = ThreadPoolExecutor(threads, initializer=_use_one_core)
-    for _ in range(threads):
-        pool.submit(started.wait)
-    started.wait()
+    try:
+        for _ in range(threads):
+            pool.submit(started.wait)
+        started.wait(timeout=60)
+    except BaseException:
+        # Else the threads that did start would wait for ever.
+        started.abort()
+        raise
     # What a thread sets becomes the default of threads to come; so the default is put back.
     torch.set_num_threads(here)
     return pool

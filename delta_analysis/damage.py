@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 
 from delta_analysis.evaluate import patched
-from delta_analysis.intervals import Interval, percentile_interval, resampled_means, two_way_resamples
+from delta_analysis.intervals import RESAMPLES, Interval, percentile_interval, resampled_means, two_way_resamples
 from delta_analysis.pruning import Pruner, prepared
 from delta_analysis.sweep import EditableModel, Pair, for_each_pair, useful_seeds
 
@@ -20,7 +20,7 @@ N_TEXTS = 32
 LONGEST_TEXT = 256
 """Tokens that are read of each text."""
 N_POSITIONS = 256
-"""Positions, spread over all texts, whose layer inputs are held."""
+"""About how many positions, spread over all texts, have their layer inputs held."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +44,8 @@ def pruning_damage(
     With D a layer's delta, D̂ the pruned one and x the layer's input in the untouched fine-tune:
     the error of the parameters is `Σ(D̂-D)² / ΣD²`, that of a layer's output `Σ|D̂x-Dx|² / Σ|Dx|²`,
     the part of the signal that is kept `Σ⟨D̂x, Dx⟩ / Σ|Dx|²`; and the drift of the model's output is
-    the mean over tokens of KL(untouched ‖ pruned) between its predictions of the next token, in nats.
+    KL(untouched ‖ pruned) between its predictions of the next token, in nats, averaged over the
+    tokens of a text, then over texts.
 
     Parameters
     ----------
@@ -89,18 +90,32 @@ def damage_summary(damage: pd.DataFrame) -> pd.DataFrame:
 def rank_agreement(damage: pd.DataFrame, column: str) -> Interval:
     """Spearman's correlation over methods between a column and the drift, for one pair and drop rate.
 
-    `column` is one of `pruning_damage`, or `signal_lost`, |1 - signal kept|; its 95% interval
-    resamples the seeds and texts of the drifts. A method has all seeds or a single one.
+    `column` is one of `pruning_damage`, or `signal_lost`, |1 - mean signal kept|; its 95% interval
+    resamples seeds, on both sides alike, and texts. A method has all seeds or a single one.
     """
-    groups = [group for _, group in damage.groupby("method", sort=False)]
-    values = damage.assign(signal_lost=(1 - damage["signal_kept"]).abs()).groupby("method", sort=False)[column].mean()
+    groups = [group.sort_values("seed") for _, group in damage.groupby("method", sort=False)]
     drifts = [_drifts(group) for group in groups]
+    source = "signal_kept" if column == "signal_lost" else column
+    values = [group[source].to_numpy(dtype=np.float64) for group in groups]
     resamples = two_way_resamples(max(map(len, drifts)), drifts[0].shape[1])
-    samples = pd.DataFrame(np.stack([resampled_means(each, resamples) for each in drifts], axis=1)).rank(axis=1)
-    ranks, observed = values.rank().to_numpy(), pd.Series([each.mean() for each in drifts]).rank().to_numpy()
-    return percentile_interval(
-        np.corrcoef(ranks, observed)[0, 1], np.array([np.corrcoef(ranks, row)[0, 1] for row in samples.to_numpy()])
+
+    def ranks(means: list[np.ndarray]) -> np.ndarray:
+        """Ranks of the methods in each sample, (samples, methods)."""
+        return pd.DataFrame(np.stack(means, axis=1)).rank(axis=1).to_numpy()
+
+    def of_column(means: list[np.ndarray]) -> np.ndarray:
+        return ranks([np.abs(1 - each) for each in means] if column == "signal_lost" else means)
+
+    sampled = of_column(
+        [resampled_means(each[:, None], resamples._replace(items=np.ones((RESAMPLES, 1)))) for each in values]
     )
+    drifted = ranks([resampled_means(each, resamples) for each in drifts])
+    observed = np.corrcoef(
+        of_column([each.mean(keepdims=True) for each in values])[0],
+        ranks([each.mean(keepdims=True).ravel() for each in drifts])[0],
+    )
+    samples = [np.corrcoef(one, two)[0, 1] for one, two in zip(sampled, drifted, strict=True)]
+    return percentile_interval(observed[0, 1], np.array(samples))
 
 
 def _drifts(rows: pd.DataFrame) -> np.ndarray:
@@ -115,21 +130,22 @@ def probe(editable: EditableModel) -> Probe:
         for text in editable.pair.evaluation.texts[:N_TEXTS]
     ]
     texts = [text for text in texts if len(text)]
+    stride = max(sum(map(len, texts)) // N_POSITIONS, 1)
     inputs: dict[str, list[torch.Tensor]] = {}
-    with _recorded(editable, inputs):
+    with _recorded(editable, inputs, stride):
         predictions = log_probabilities(editable, texts)
-    stacked = {name: torch.cat(parts) for name, parts in inputs.items()}
-    total = sum(len(text) for text in texts)
-    chosen = torch.linspace(0, total - 1, min(total, N_POSITIONS)).round().long()
-    return Probe(texts, {name: values[chosen] for name, values in stacked.items()}, predictions)
+    if not inputs:
+        raise ValueError(f"{editable.pair.name}: no linear layer is among the tensors of the delta; nothing to measure")
+    return Probe(texts, {name: torch.cat(parts) for name, parts in inputs.items()}, predictions)
 
 
 @contextmanager
-def _recorded(editable: EditableModel, inputs: dict[str, list[torch.Tensor]]) -> Iterator[None]:
-    """While it lasts, the inputs of every linear layer that the delta has are appended, (tokens, in)."""
+def _recorded(editable: EditableModel, inputs: dict[str, list[torch.Tensor]], stride: int) -> Iterator[None]:
+    """While it lasts, one in `stride` inputs of every linear layer that the delta has is appended, (tokens, in)."""
 
     def record(name: str, module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-        inputs.setdefault(name, []).append(arguments[0].detach().flatten(0, -2).cpu())
+        rows = arguments[0].detach().flatten(0, -2)[::stride]
+        inputs.setdefault(name, []).append(rows.to("cpu", copy=True))
 
     linear = {
         f"{name}.weight": module
@@ -159,18 +175,25 @@ def log_probabilities(editable: EditableModel, texts: Sequence[torch.Tensor]) ->
 def damage(editable: EditableModel, before: Probe, pruner: Pruner, seed: int) -> dict[str, object]:
     """One row of `pruning_damage`."""
     prune = prepared(pruner, editable.delta, seed)
-    pruned = {name: prune(tensor, name=name, seed=seed) for name, tensor in editable.delta.items()}
-    with patched(editable.model, ((name, editable.base[name] + tensor) for name, tensor in pruned.items())):
+    errors, layers = [], []
+
+    def edited() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in editable.delta.items():
+            pruned = prune(tensor, name=name, seed=seed)
+            errors.append(_energy(pruned - tensor))
+            if name in before.inputs:
+                layers.append(_layer_error(tensor, pruned, before.inputs[name]))
+            yield name, editable.base[name] + pruned
+
+    with patched(editable.model, edited()):
         after = log_probabilities(editable, before.texts)
     drifts = [float((p.exp() * (p - q)).sum(-1).mean()) for p, q in zip(before.log_probabilities, after, strict=True)]
-    layers = [_layer_error(editable.delta[name], pruned[name], x) for name, x in before.inputs.items()]
-    error = sum(_energy(pruned[name] - tensor) for name, tensor in editable.delta.items())
     return {
         "pair": editable.pair.name,
         "method": pruner.method,
         "drop_rate": float(pruner.drop_rate),
         "seed": seed,
-        "parameter_error": error / (sum(map(_energy, editable.delta.values())) or 1.0),
+        "parameter_error": sum(errors) / (sum(map(_energy, editable.delta.values())) or 1.0),
         "layer_error": float(np.median([error for error, _ in layers])),
         "signal_kept": float(np.median([kept for _, kept in layers])),
         "drift": float(np.mean(drifts)),

@@ -65,10 +65,11 @@ class Delta(Mapping[str, torch.Tensor]):
     @cached_property
     def _prunes(self) -> tuple[tuple[Prune, int], ...]:
         """The pruners made ready; one that compares all tensors reads them, as the edits before it leave them."""
-        before = (replace(self, edits=self.edits[:i]) for i in range(len(self.edits)))
-        return tuple(
-            (prepared(pruner, delta, seed), seed) for (pruner, seed), delta in zip(self.edits, before, strict=True)
-        )
+        if not self.edits:
+            return ()
+        *earlier, (pruner, seed) = self.edits
+        before = replace(self, edits=tuple(earlier))
+        return (*before._prunes, (prepared(pruner, before, seed), seed))
 
     def pruned(self, pruner: Pruner, *, seed: int) -> Delta:
         """The same delta with `pruner` applied to each tensor as it is read.

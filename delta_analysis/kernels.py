@@ -1,6 +1,7 @@
 """The inner loops of pruning on the CPU, compiled, each over one block of entries.
 
-`torch_kernels` has the same functions in plain torch for every other device; both give the same bits.
+`torch_kernels` has the same in plain torch for every other device; both give the same bits. It lacks
+`drop_at` and `positions_between`, which spare memory in rows of millions of entries on the CPU alone.
 """
 
 from delta_analysis.kernel_drop import drop, drop_at, power_sums, random_bits

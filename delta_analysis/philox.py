@@ -8,6 +8,7 @@ numbers: as easy as 1, 2, 3", SC 2011.
 from __future__ import annotations
 
 import hashlib
+import operator
 
 import numba
 import numpy as np
@@ -30,8 +31,8 @@ Key = tuple[int, int]
 
 
 def stream_key(seed: int, name: str) -> Key:
-    """The two 32-bit words of the key of tensor `name` under `seed`."""
-    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+    """The two 32-bit words of the key of tensor `name` under `seed`, an integer (1.0 is a TypeError)."""
+    digest = hashlib.blake2b(f"{operator.index(seed)}/{name}".encode(), digest_size=8).digest()
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
 
 

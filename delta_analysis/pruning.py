@@ -67,6 +67,7 @@ class Dare:
     Parameters
     ----------
     drop_rate : p, in [0, 1]; 0 changes nothing (up to float32), 1 gives zeros.
+        Survivors that the factor takes beyond float32, or beyond the storage dtype, become infinite.
     rescale : `"inverse_keep"`, the factor 1/(1-p); `"none"`, drop only; `"l1"` or `"l2"`, the factor
         that gives each tensor its norm back (Σ|δ| or √Σδ²); or the factor itself, a finite number
         ≥ 1 (the 1/q of DAREx).
@@ -74,8 +75,8 @@ class Dare:
     Raises
     ------
     ValueError
-        A drop rate outside [0, 1], or a rescale of no known form. When called: a tensor of NaN or
-        infinite entries whose norm is to be matched.
+        A drop rate outside [0, 1], or a rescale of no known form. When called: a tensor that is not
+        of floating dtype, or one of NaN or infinite entries whose norm is to be matched.
 
     Source: Yu et al., "Language Models are Super Mario" (DARE), arXiv 2311.03099, section 3; factor
     1/q: Deng et al., DAREx, arXiv 2410.09344; L1: what mergekit does since its version 0.1.0.
@@ -239,7 +240,7 @@ class MagPrune:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "drop_rate", checked_drop_rate(self.drop_rate))
-        check_window(self.window, self.drop_rate)
+        object.__setattr__(self, "window", checked_window(self.window, self.drop_rate))
         if self.rank not in RANKS:
             raise ValueError(one_of("rank", self.rank, RANKS))
         check_rescale(self.rescale)
@@ -301,17 +302,15 @@ def checked_drop_rate(drop_rate: float) -> float:
     return float(drop_rate)
 
 
-def check_window(window: str | float, drop_rate: float) -> None:
-    """Raise unless the window is "widest" or a width that keeps every probability in [0, 1)."""
+def checked_window(window: str | float, drop_rate: float) -> str | float:
+    """The window, a number as a float; raise unless it is "widest" or keeps every probability in [0, 1)."""
     if isinstance(window, str) and window == "widest":
-        return
+        return window
     if not isinstance(window, Real) or isinstance(window, bool) or not 0 <= window < math.inf:
         raise ValueError(f"window must be 'widest' or a width of at least 0; not {window!r}")
     if 0 < drop_rate < 1 and not (0 <= drop_rate - window / 2 and drop_rate + window / 2 < 1):
-        # Rounded down, so that the limit it names is allowed.
-        limit = (
-            f"at most {math.floor(2e6 * drop_rate) / 1e6:g}" if drop_rate < 0.5 else f"below {2 * (1 - drop_rate):g}"
-        )
+        limit = f"at most {2 * drop_rate!r}" if drop_rate < 0.5 else f"below {2 * (1 - drop_rate):g}"
         raise ValueError(
             f"window {window!r} takes drop probabilities out of [0, 1) at drop rate {drop_rate!r}; it must be {limit}"
         )
+    return float(window)

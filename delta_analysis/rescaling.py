@@ -32,8 +32,14 @@ def check_rescale(rescale: Rescale) -> None:
         return
     if not isinstance(rescale, Real) or isinstance(rescale, bool):
         raise ValueError(one_of("rescale", rescale, RESCALES) + ", nor a factor of at least 1")
-    if not math.isfinite(rescale) or rescale < 1:
-        hint = f"; was q meant? Its factor is 1/q = {1 / rescale:g}" if 0 < rescale < 1 else ""
+    if not 1 <= rescale <= float(np.finfo(np.float32).max):
+        hint = (
+            f"; was q meant? Its factor is 1/q = {1 / rescale:g}"
+            if 0 < rescale < 1
+            else " (beyond float32)"
+            if rescale > 1
+            else ""
+        )
         raise ValueError(f"rescale as a number is the factor itself and must be at least 1; not {rescale!r}{hint}")
 
 
@@ -80,7 +86,7 @@ def power_sum(tensor: torch.Tensor, power: int, name: str) -> Fraction:
     total = sum(sums, torch.zeros(2, 256, dtype=torch.int64))
     # Infinities and NaNs have the last exponent, and the bit that is implied makes their sum positive.
     if total[:, -1].any():
-        raise ValueError(f"tensor {name!r} has NaN or infinite entries, so that it has no norm to match")
+        raise ValueError(f"tensor {name!r} has NaN or infinite entries in float32, so that it has no norm to match")
     whole = 0
     for exponent in total.any(dim=0).nonzero()[:, 0].tolist():
         low, high = total[:, exponent].tolist()

@@ -74,7 +74,7 @@ def test_smaller_losses_win_where_the_metric_is_perplexity() -> None:
     cells = pd.DataFrame(
         [
             *rows("DARE", 0.0, losses, "perplexity"),
-            *rows("DARE", 0.5, np.add(losses, [[0.1], [0.2]]), "perplexity"),
+            *rows("DARE", 0.5, np.add(losses, [[0.14], [0.15], [0.16]]), "perplexity"),
             *rows("MP", 0.5, losses + 0.5, "perplexity"),
         ]
     )
@@ -83,3 +83,19 @@ def test_smaller_losses_win_where_the_metric_is_perplexity() -> None:
     assert best.loc[0, "kept"] == pytest.approx(np.exp(-0.15))
     assert best.loc[0, "lead"] == pytest.approx(np.exp(-0.15) - np.exp(-0.5))
     assert best.loc[0, "clear"]
+
+
+def test_few_masks_that_differ_leave_a_lead_open() -> None:
+    # Leads of .08, .245 and .085 over masks: mean .137, Student's half width .233.
+    first = np.stack([answers(share, seeds=1, items=1000)[0] for share in (0.58, 0.745, 0.585)])
+    cells = pd.DataFrame(
+        [
+            *rows("DARE", 0.0, np.ones((1, 1000))),
+            *rows("MAGPRUNE", 0.9, first),
+            *rows("DARE", 0.9, answers(0.5, seeds=3, items=1000)),
+        ]
+    )
+    ahead = lead(cells, "MAGPRUNE", "DARE")
+    assert ahead.value == pytest.approx(0.137, abs=1e-3)
+    assert ahead.high - ahead.value == pytest.approx(0.234, abs=4e-3)
+    assert not best_methods(cells)["clear"].any()

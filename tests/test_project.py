@@ -108,6 +108,8 @@ def test_the_pruner_of_the_guide_works() -> None:
         dropped = float((pruned[entries] == 0).double().mean())
         # Six sigmas of a binomial share: a false alarm in 1e9.
         assert abs(dropped - p) < 6 * (p * (1 - p) / int(entries.sum())) ** 0.5
+    assert not names["HalfAndHalf"](1)(delta, name="w", seed=0).any()
+    assert torch.equal(names["HalfAndHalf"](0)(delta, name="w", seed=0), delta)
     torch.testing.assert_close(pruned[large & (pruned != 0)], delta[large & (pruned != 0)] / 0.8)
 
 

@@ -18,7 +18,7 @@ from scipy.stats import binom, norm
 
 from delta_analysis import blocks, cut, pruning, rescaling, rows, torch_kernels
 from delta_analysis.philox import random_bits
-from delta_analysis.pruning import WIDEST, Dare, Magnitude, MagPrune, Pruner, check_window
+from delta_analysis.pruning import WIDEST, Dare, Magnitude, MagPrune, Pruner, checked_window
 
 DEVICES = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -552,7 +552,7 @@ def test_too_wide_a_window_names_the_largest(drop_rate: float, window: float, li
 
 @pytest.mark.parametrize(("drop_rate", "window"), [(0.3, 0.6), (0.9, 0.199), (0.5, 0.999), (0.25, 0.5), (0.01, 0)])
 def test_windows_up_to_the_limit_are_allowed(drop_rate: float, window: float) -> None:
-    check_window(window, drop_rate)
+    checked_window(window, drop_rate)
     assert MagPrune(drop_rate, window)(normal(100), name="w", seed=0).isfinite().all()
 
 
@@ -660,3 +660,22 @@ def test_a_norm_out_of_reach_is_an_error(rescale: str) -> None:
     )
     with pytest.raises(ValueError, match="'w'.*beyond float32"):
         Dare(0.5, rescale)(delta, name="w", seed=tiny)
+
+
+def test_whole_numbers_and_truth_values_are_no_deltas() -> None:
+    for pruner in (Dare(0.5), Magnitude(0.5), Magnitude(0.5, "row"), MagPrune(0.5), MagPrune(0.5, rank="value")):
+        with pytest.raises(ValueError, match="floating dtype"):
+            pruner(torch.arange(8).view(2, 4), name="w", seed=0)
+
+
+def test_a_seed_is_an_integer() -> None:
+    assert torch.equal(
+        Dare(0.5)(torch.ones(99), name="w", seed=np.int64(3)), Dare(0.5)(torch.ones(99), name="w", seed=3)
+    )
+    with pytest.raises(TypeError):
+        Dare(0.5)(torch.ones(99), name="w", seed=3.0)  # type: ignore[arg-type]
+
+
+def test_a_factor_beyond_float32_is_refused() -> None:
+    with pytest.raises(ValueError, match="beyond float32"):
+        Dare(0.5, 1e39)
