@@ -16,7 +16,7 @@ from delta_analysis.storage import HIGH, LOW, NATIVE
 
 Probability = Callable[[torch.Tensor], torch.Tensor]
 """From rows of entries, or from their sums of first and last rank, to drop probabilities in float64."""
-ROWS_BLOCK = 2**17
+ROWS_BLOCK = 2**16
 """Entries whose probabilities are held at a time by a thread; they stay in its cache."""
 LONG_ROW = 2**20
 PARTS = 160

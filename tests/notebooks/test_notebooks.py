@@ -119,6 +119,17 @@ def test_dare_ablation_by_perplexity_of_a_text(tmp_path: Path) -> None:
     assert (results["value"] > 1).all()
 
 
+def test_pruning_methods_of_another_pair_by_perplexity(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("23 plus 45 is 68\n\nuser: what is 1 plus 2?\nbot: 3\n\n" * 4)
+    _run("04_pruning_methods", tmp_path, **PAIR, drop_rates="0.9", n_seeds=2, evaluation=str(text))
+    results = pd.read_parquet(tmp_path / "results" / "results.parquet")
+    assert set(results["pair"]) == {"base → math"}
+    assert set(results["table"]) == {"cells", "windows", "damage"}
+    assert {"DARE", "drop only", "MP", "MP + rescale", "MAGPRUNE", "MAGPRUNE by value"} <= set(results["method"])
+    assert set(results["metric"].dropna()) == {"perplexity"}
+
+
 @pytest.mark.parametrize(
     ("name", "parameters", "message"),
     [
