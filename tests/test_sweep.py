@@ -381,7 +381,7 @@ def test_options_of_pruners_are_columns_of_their_own(family: Family) -> None:
 def test_options_by_hand() -> None:
     assert options(Dare(0.5)) == {}
     assert options(Magnitude(0.5)) == {"option_scope": "tensor"}
-    assert options(MagPrune(0.5, 0)) == {"option_window": "0", "option_rank": "row"}
+    assert options(MagPrune(0.5, 0)) == {"option_window": "0.0", "option_rank": "row"}
 
 
 def test_dropping_the_weights_of_an_embedded_model() -> None:
