@@ -20,7 +20,7 @@ ROWS_BLOCK = 2**16
 """Entries whose probabilities are held at a time by a thread; they stay in its cache."""
 LONG_ROW = 2**20
 PARTS = 160
-"""A long row is ranked in about this many parts, so that ranks take a hundredth of its memory each."""
+"""A long row is ranked in about this many parts, so that it takes less than a tenth of the row and its result."""
 
 
 def drop_rows(tensor: torch.Tensor, row: int, probability: Probability, factor: float | None, key: Key) -> torch.Tensor:
