@@ -8,16 +8,15 @@ from __future__ import annotations
 import ctypes
 import multiprocessing
 import os
-import resource
 import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 
 import torch
 
 from benchmarks.ours import OPERATORS, make_tensor
 from benchmarks.peers import PEERS
+from benchmarks.process import highest, resident
 from benchmarks.timing import THREADS, warm_up
 
 Shares = dict[tuple[str, torch.dtype], float]
@@ -45,10 +44,5 @@ def memory_share(name: str, dtype: torch.dtype, shape: tuple[int, int]) -> float
     ctypes.CDLL(None).malloc_trim(0)
     before = resident()
     result = prune(tensor)
-    added = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    added = highest() - before
     return (tensor.nbytes + added) / (tensor.nbytes + result.nbytes)
-
-
-def resident() -> int:
-    """Bytes of this process that are in memory now."""
-    return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * resource.getpagesize()

@@ -9,7 +9,7 @@ import torch
 
 import delta_analysis as da
 from delta_analysis.pruning import Pruner
-from delta_analysis.ranges import tally
+from delta_analysis.tally import tally_tensor
 
 Work = Callable[[torch.Tensor], object]
 Prune = Callable[[torch.Tensor], torch.Tensor]
@@ -25,7 +25,7 @@ PRUNERS: dict[str, Pruner] = {
     'MagPrune(0.9, rank="value")': da.MagPrune(DROP_RATE, rank="value"),
 }
 OPERATORS: dict[str, Prune] = {name: partial(pruner, name="w", seed=0) for name, pruner in PRUNERS.items()}
-STATISTICS: dict[str, Work] = {"value_ranges, one tensor": tally}
+STATISTICS: dict[str, Work] = {"value_ranges, one tensor": tally_tensor}
 CLONE = "torch.clone"
 YARDSTICKS: dict[str, Work] = {CLONE: torch.clone}
 READY_COPY = "copy into a ready buffer"

@@ -73,7 +73,7 @@ def map_blocks(
         return run(starts)
     edges = [len(starts) * i // threads for i in range(threads + 1)]
     parts = [starts[edges[i] : edges[i + 1]] for i in range(threads)]
-    return [result for part in _pool(threads).map(run, parts) for result in part]
+    return [result for part in thread_pool(threads).map(run, parts) for result in part]
 
 
 def new_tensor(
@@ -107,7 +107,7 @@ def _empty_like(tensor: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(memory).view(tensor.dtype).view(tensor.shape)
 
 
-def _pool(threads: int) -> ThreadPoolExecutor:
+def thread_pool(threads: int) -> ThreadPoolExecutor:
     """Threads of this process: a forked child has none of its parent's."""
     with _building:
         key = os.getpid(), threads

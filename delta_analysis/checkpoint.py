@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedConfig
 
 from delta_analysis._errors import CheckpointError
-from delta_analysis.names import reading_order
+from delta_analysis.adapter import adapter_entries, is_adapter
+from delta_analysis.entry import Entry, Held, Stored
+from delta_analysis.folder import read_config, read_folder
+from delta_analysis.formats import not_floating
+from delta_analysis.hub import fetch_tokenizer, fetch_weights, parse_hub_id
+from delta_analysis.known_pairs import PREFIX as PAIR
+from delta_analysis.names import input_embedding, output_head, reading_order
 from delta_analysis.paths import zoo_model
 
-INDEX = "model.safetensors.index.json"
-FLOAT_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-BUFFER_DTYPES = {"I64", "BOOL"}
+Source = str | Path | torch.nn.Module
+FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+BUFFER_DTYPES = (torch.int64, torch.bool)
 FLOAT_BUFFERS = ("rotary_emb.inv_freq", "attn.masked_bias")
-
-
-class Entry(NamedTuple):
-    """Where a tensor lies and what its header says of it."""
-
-    file: Path
-    shape: tuple[int, ...]
-    dtype: str
+COMPARED_AT_ONCE = 2**20
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,28 +36,24 @@ class Checkpoint(Mapping[str, torch.Tensor]):
 
     Attributes
     ----------
-    source : what was asked for: a path, or `zoo:small/base`.
-    path : the directory or file that it is.
-    entries : name -> file, shape and storage dtype, for every weight.
-    skipped : name -> why a stored tensor is no weight of its own (an integer buffer, or an output
-        head tied to the embeddings and equal to them).
+    source : what was asked for: a path, a hub id, `zoo:small/base`, or the class of a module.
+    path : the directory or file that it is, None for a module.
+    entries : name -> where the weight comes from: its shape, dtype and place.
+    skipped : name -> why a stored tensor is no weight of its own (an integer buffer, an output
+        head tied to the embeddings and equal to them, a whole weight inside an adapter).
+    config : the model's `config.json`, empty for a bare file.
+    is_difference : whether the tensors are differences from a base, as an adapter's are, and not weights.
     """
 
     source: str
-    path: Path
+    path: Path | None
     entries: dict[str, Entry] = field(repr=False)
     skipped: dict[str, str] = field(repr=False)
+    config: dict[str, Any] = field(repr=False)
+    is_difference: bool = False
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        entry = self.entries[name]
-        try:
-            with safe_open(entry.file, framework="pt") as file:
-                return file.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{entry.file}: tensor {name!r} cannot be read: {error}; "
-                "the file has changed since it was opened, fetch it again"
-            ) from error
+        return self.entries[name].read()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.entries)
@@ -71,29 +64,38 @@ class Checkpoint(Mapping[str, torch.Tensor]):
     def __contains__(self, name: object) -> bool:
         return name in self.entries
 
-    @cached_property
-    def config(self) -> dict[str, Any]:
-        """The model's `config.json`, or an empty dict for a bare file."""
-        return _read_config(self.path)
-
     def files(self) -> list[Path]:
         """The weight files, sorted."""
-        return sorted({entry.file for entry in self.entries.values()})
+        return sorted({file for entry in self.entries.values() for file in entry.files})
+
+    @property
+    def ties_head(self) -> bool:
+        """Whether the configuration makes the output head the embeddings; so does one that is silent."""
+        text: dict[str, Any] = {**self.config, **self.config.get("text_config", {})}
+        return bool(text.get("tie_word_embeddings", bool(text)))
 
 
-def open_checkpoint(source: str | Path) -> Checkpoint:
+def open_checkpoint(source: Source) -> Checkpoint:
     """Open a checkpoint without loading any weight.
 
     Parameters
     ----------
-    source : a directory with `model.safetensors` or with shards and their index, a single
-        `.safetensors` file, or an embedded model such as `zoo:small/base`.
+    source : one of
+
+        - a directory with `model.safetensors` or `pytorch_model.bin`, or with shards and their index;
+        - a single `.safetensors` or `.bin` file;
+        - a hub id `org/name`, optionally `org/name@revision`; only weights, index and configuration
+          are fetched, once;
+        - a directory or hub id of a LoRA adapter, whose tensors are the differences `scale · B A`;
+        - an embedded model such as `zoo:small/base`;
+        - a `torch.nn.Module`, whose parameters are read where they are.
 
     Raises
     ------
     CheckpointError
         No weights, a damaged or missing file, a tensor that the index names and its shard lacks,
-        or weights that are not floating point.
+        weights that are not floating point, a hub repository that is gated, missing or out of
+        reach, an adapter of another kind than plain LoRA. No code from a checkpoint is ever run.
 
     Examples
     --------
@@ -101,121 +103,91 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     >>> base["model.norm.weight"].shape
     torch.Size([128])
     """
-    path = zoo_model(str(source)) if str(source).startswith("zoo:") else Path(source).expanduser()
-    if not path.exists():
+    if isinstance(source, torch.nn.Module):
+        config = getattr(source, "config", None)
+        held: dict[str, Entry] = {name: Held(tensor.detach()) for name, tensor in source.named_parameters()}
+        settings = config.to_dict() if isinstance(config, PreTrainedConfig) else {}
+        return _checkpoint(type(source).__name__, None, held, {}, settings)
+    path = find_checkpoint(source)
+    if is_adapter(path):
+        entries, skipped = adapter_entries(path)
+        return replace(_checkpoint(str(source), path, entries, skipped, {}), is_difference=True)
+    return _checkpoint(str(source), path, read_folder(path), {}, read_config(path))
+
+
+def find_checkpoint(source: str | Path) -> Path:
+    """The directory or file that a source names, fetched if it is on the hub."""
+    text = str(source)
+    if text.startswith("zoo:"):
+        return zoo_model(text)
+    if text.startswith(PAIR):
+        raise CheckpointError(f"{text}: names two checkpoints; give it as base and as finetuned of load_delta")
+    path = Path(source).expanduser()
+    if path.exists():
+        return path
+    hub = parse_hub_id(text)
+    if hub is None:
         raise CheckpointError(
-            f"{source}: no such file or directory; expected a checkpoint directory, a .safetensors file, "
-            "or an embedded model such as zoo:small/base"
+            f"{source}: no such file or directory; expected a checkpoint directory, a .safetensors or .bin file, "
+            "a hub id such as org/name or org/name@revision, or an embedded model such as zoo:small/base"
         )
-    found: dict[str, Entry] = {}
-    for file, names in _weight_files(path).items():
-        header = _read_header(file)
-        missing = sorted(names - header.keys()) if names is not None else []
-        if missing:
-            raise CheckpointError(
-                f"{file}: tensor {missing[0]!r} is named in {INDEX} but is not in the shard "
-                f"({len(missing)} such); the shard and the index come from different saves, fetch both again"
-            )
-        for name in header:
-            if name in found:
-                raise CheckpointError(
-                    f"{file}: tensor {name!r} also stands in {found[name].file.name}; "
-                    f"remove one of the two files, or add {INDEX}"
-                )
-        found.update(header)
-    skipped = {name: reason for name, entry in found.items() if (reason := _not_a_weight(name, entry))}
-    entries = {name: found[name] for name in sorted(found, key=reading_order) if name not in skipped}
-    if not entries:
-        raise CheckpointError(f"{path}: holds no weights ({len(skipped)} buffers); nothing to compare")
-    return _without_tied_head(Checkpoint(str(source), path, entries, skipped))
-
-
-def _weight_files(path: Path) -> dict[Path, set[str] | None]:
-    """The files to read, each with the names that the index promises in it (None: no index)."""
-    if path.is_file():
-        if path.suffix != ".safetensors":
-            raise CheckpointError(f"{path}: expected a .safetensors file; convert it with save_pretrained first")
-        return {path: None}
-    index = path / INDEX
-    if index.exists():
-        weight_map = _read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{index}: has no 'weight_map'; fetch the index again")
-        shards: dict[Path, set[str] | None] = {}
-        for shard in weight_map.values():
-            if not isinstance(shard, str) or shard in ("", ".."):
-                raise CheckpointError(f"{index}: shard {shard!r} is not the name of a file; fetch the index again")
-            if Path(shard).name != shard:
-                raise CheckpointError(
-                    f"{index}: shard {shard!r} lies outside the checkpoint's directory; fetch the index again"
-                )
-        for shard in sorted(set(weight_map.values())):
-            file = path / shard
-            if not file.exists():
-                raise CheckpointError(f"{file}: named in {INDEX} but absent; fetch the missing shard")
-            shards[file] = {name for name, where in weight_map.items() if where == shard}
-        return shards
-    single = path / "model.safetensors"
-    files = [single] if single.exists() else sorted(path.glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(
-            f"{path}: no .safetensors weights here; expected model.safetensors, or shards with {INDEX}"
-        )
-    return dict.fromkeys(files)
-
-
-def _read_header(file: Path) -> dict[str, Entry]:
     try:
-        with safe_open(file, framework="pt") as opened:
-            slices = {name: opened.get_slice(name) for name in opened.keys()}
-            return {name: Entry(file, tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
-    except (SafetensorError, OSError) as error:
-        size = file.stat().st_size
-        raise CheckpointError(
-            f"{file}: not a readable safetensors file ({error}); it has {size} bytes and may be truncated: "
-            "fetch it again"
-        ) from error
+        return fetch_weights(hub)
+    except CheckpointError as error:
+        raise CheckpointError(f"{source}: no such file or directory here; as a hub id, {error}") from error
 
 
-def _not_a_weight(name: str, entry: Entry) -> str | None:
+def tokenizer_folder(checkpoint: Checkpoint) -> Path | None:
+    """The directory of a checkpoint with its tokenizer, fetched if it is on the hub; None for a module or a file."""
+    hub = None if Path(checkpoint.source).expanduser().exists() else parse_hub_id(checkpoint.source)
+    if hub is not None and checkpoint.path is not None:
+        # The folder of a snapshot is named after its commit.
+        return fetch_tokenizer(hub._replace(revision=checkpoint.path.name))
+    return checkpoint.path if checkpoint.path is not None and checkpoint.path.is_dir() else None
+
+
+def _checkpoint(
+    source: str, path: Path | None, found: Mapping[str, Entry], skipped: dict[str, str], config: dict[str, Any]
+) -> Checkpoint:
+    buffers = {name: reason for name, entry in found.items() if (reason := _not_a_weight(source, name, entry))}
+    entries = {name: found[name] for name in sorted(found, key=reading_order) if name not in buffers}
+    if not entries:
+        raise CheckpointError(f"{path or source}: holds no weights ({len(buffers)} buffers); nothing to compare")
+    return _without_tied_head(Checkpoint(source, path, entries, {**skipped, **buffers}, config))
+
+
+def _not_a_weight(source: str, name: str, entry: Entry) -> str | None:
     """Why the tensor is a buffer, None if it is a weight; integer weights are an error."""
     if name.endswith(FLOAT_BUFFERS) or (name.endswith("attn.bias") and len(entry.shape) == 4):
         return "buffer that the model computes, not a weight"
     if entry.dtype in FLOAT_DTYPES:
         return None
+    dtype = str(entry.dtype).removeprefix("torch.")
     if entry.dtype in BUFFER_DTYPES and not name.endswith("weight"):
-        return f"{entry.dtype} buffer, not a weight"
-    raise CheckpointError(
-        f"{entry.file}: tensor {name!r} has dtype {entry.dtype}; expected floating point "
-        f"({', '.join(FLOAT_DTYPES)}): dequantise the model to bfloat16 or float32 first"
-    )
+        return f"{dtype} buffer, not a weight"
+    raise not_floating(entry.files[0] if entry.files else Path(source), name, dtype)
 
 
 def _without_tied_head(checkpoint: Checkpoint) -> Checkpoint:
     """Set aside an output head that is stored beside the embeddings and equal to them."""
-    head = "lm_head.weight"
-    embeddings = [name for name in checkpoint if name.endswith(("embed_tokens.weight", "wte.weight"))]
-    if not (checkpoint.config.get("tie_word_embeddings") and head in checkpoint and embeddings):
+    head, embedding = output_head(checkpoint), input_embedding(checkpoint)
+    if not (head and embedding and checkpoint.ties_head):
         return checkpoint
     # transformers keeps a stored head that differs from the embeddings, whatever the configuration says.
-    if not torch.equal(checkpoint[head], checkpoint[embeddings[0]]):
+    if not _equal(checkpoint.entries[head], checkpoint.entries[embedding]):
         return checkpoint
     entries = {name: entry for name, entry in checkpoint.entries.items() if name != head}
     return replace(
-        checkpoint, entries=entries, skipped={**checkpoint.skipped, head: f"tied to {embeddings[0]}, counted there"}
+        checkpoint, entries=entries, skipped={**checkpoint.skipped, head: f"tied to {embedding}, counted there"}
     )
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    file = path / "config.json"
-    return _read_json(file) if path.is_dir() and file.exists() else {}
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"{file}: not readable as JSON ({error}); fetch it again") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file}: expected a JSON object, got {type(content).__name__}")
-    return content
+def _equal(one: Entry, other: Entry) -> bool:
+    """Whether two tensors are equal, read piece by piece and no further than the first difference."""
+    if one.shape != other.shape:
+        return False
+    if not (isinstance(one, Stored) and isinstance(other, Stored) and one.strides is other.strides is None):
+        return torch.equal(one.read(), other.read())
+    stops = range(COMPARED_AT_ONCE, one.numel + COMPARED_AT_ONCE, COMPARED_AT_ONCE)
+    pieces = ((stop - COMPARED_AT_ONCE, min(stop, one.numel)) for stop in stops)
+    return all(torch.equal(one.piece(*piece), other.piece(*piece)) for piece in pieces)

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-import math
+import statistics
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 
 import pandas as pd
 import torch
 
 from delta_analysis._errors import NotHomologousError
-from delta_analysis.checkpoint import FLOAT_DTYPES, Checkpoint, open_checkpoint
-from delta_analysis.names import reading_order
+from delta_analysis.alignment import COMPARED, Match, Vocabulary, align, coverage_table
+from delta_analysis.checkpoint import Checkpoint, Source, open_checkpoint
+from delta_analysis.configuration import config_differences
+from delta_analysis.entry import Entry, Stored
+from delta_analysis.known_pairs import PREFIX, pair_sources
 from delta_analysis.pruning import Prune, Pruner, prepared
 
-COMPARED = "compared"
+SAMPLED_TENSORS, SAMPLED_ENTRIES = 5, 2**16
+PUBLISHED_DELTA = 0.1
+"""Weights below this share of the base's size are taken for a delta: fine-tunes keep the size."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,35 +34,39 @@ class Delta(Mapping[str, torch.Tensor]):
     Attributes
     ----------
     base : the checkpoint subtracted, or None for the fine-tuned weights themselves.
-    finetuned : the checkpoint it is subtracted from.
-    names : the tensors compared, by layer, then by name.
+    finetuned : the checkpoint it is subtracted from, or one of differences, such as an adapter.
+    matches : what is compared with what, and what is not.
     edits : the pruners applied, each with its seed, in order.
     """
 
     base: Checkpoint | None
     finetuned: Checkpoint
-    names: tuple[str, ...] = field(repr=False)
+    matches: tuple[Match, ...] = field(repr=False)
     edits: tuple[tuple[Pruner, int], ...] = ()
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.read(name)[0]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
+        return iter(self.compared)
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.compared)
 
     def __contains__(self, name: object) -> bool:
-        return name in self.names
+        return name in self.compared
 
-    def read(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """The delta's tensor and the base's, both float32, each side read once; the base may be zeros."""
-        if name not in self.names:
-            raise KeyError(name)
-        finetuned = self.finetuned[name].to(torch.float32)
-        base = torch.zeros_like(finetuned) if self.base is None else self.base[name].to(torch.float32)
-        tensor = finetuned - base
+    @cached_property
+    def compared(self) -> dict[str, Match]:
+        """Name -> what is compared under it, by layer, then by name."""
+        return {match.tensor: match for match in self.matches if match.status == COMPARED}
+
+    def read(self, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The delta's tensor and the base's, both float32, each side read once; None without a base."""
+        match = self.compared[name]
+        finetuned, base = (None if entry is None else _read_float32(entry) for entry in (match.finetuned, match.base))
+        assert finetuned is not None
+        tensor = finetuned if base is None or self.finetuned.is_difference else finetuned - base
         for prune, seed in self._prunes:
             tensor = prune(tensor, name=name, seed=seed)
         return tensor, base
@@ -100,18 +109,33 @@ class Delta(Mapping[str, torch.Tensor]):
         Columns: `tensor`; `status`, which is `compared`, `only in base`, `only in finetuned`,
         `shape differs` or `skipped`; `reason`; `base_shape`, `finetuned_shape`, `base_dtype`,
         `finetuned_dtype`, empty where a side lacks it as a weight; `numel`, of the fine-tuned side
-        where it has one.
+        where it has one; `numel_compared`, how many of these are compared.
         """
-        return _coverage(self.base, self.finetuned)
+        return coverage_table(list(self.matches), self.base, self.finetuned)
+
+    def config_differences(self) -> pd.DataFrame:
+        """Settings that change what weights mean and differ: columns `setting, base, finetuned`."""
+        return config_differences({} if self.base is None else self.base.config, self.finetuned.config)
 
 
-def load_delta(*, base: str | Path | None, finetuned: str | Path) -> Delta:
+def load_delta(
+    *,
+    base: Source | None,
+    finetuned: Source,
+    vocab: Vocabulary = "common",
+    finetuned_is_delta: bool = False,
+) -> Delta:
     """The delta between two checkpoints, without loading either.
 
     Parameters
     ----------
-    base, finetuned : sources as `open_checkpoint` takes them; with `base=None` the delta is the
-        fine-tuned model itself, as a difference from zero.
+    base, finetuned : sources as `open_checkpoint` takes them, or `pair:NAME` for both (see
+        `known_pairs`). With `base=None` the delta is the fine-tuned model itself, as a difference
+        from zero. Of a LoRA adapter the delta is formed from its factors; its base may be None.
+    vocab : where one side has more tokens than the other, `common` compares the rows that both
+        have, and `Delta.coverage` counts the rest; `error` refuses.
+    finetuned_is_delta : the fine-tuned source holds differences already, as some models are
+        published; nothing is subtracted.
 
     Raises
     ------
@@ -119,7 +143,13 @@ def load_delta(*, base: str | Path | None, finetuned: str | Path) -> Delta:
         A source that cannot be read.
     NotHomologousError
         No tensor in common, or no common tensor of equal shape: the two are not a base and its
-        fine-tune. A partial mismatch is no error; `Delta.coverage` tells it.
+        fine-tune; or vocabularies that differ under `vocab="error"`. A partial mismatch is no
+        error; `Delta.coverage` tells it.
+
+    Warns
+    -----
+    UserWarning
+        Fine-tuned weights so small beside the base's that they must be a published delta.
 
     Examples
     --------
@@ -127,61 +157,67 @@ def load_delta(*, base: str | Path | None, finetuned: str | Path) -> Delta:
     >>> delta["model.norm.weight"].dtype
     torch.float32
     """
+    if isinstance(finetuned, str) and finetuned.startswith(PREFIX):
+        # Each side of `pair:NAME` is its own; a base of None or another base is left as it is.
+        pair_base, tuned_source = pair_sources(finetuned)
+        base, finetuned = (pair_base if base == finetuned else base), tuned_source
     tuned = open_checkpoint(finetuned)
-    if base is None:
-        return Delta(None, tuned, tuple(tuned))
-    start = open_checkpoint(base)
-    common = [name for name in tuned if name in start]
-    names = tuple(name for name in common if start.entries[name].shape == tuned.entries[name].shape)
-    if not common:
-        raise NotHomologousError(
-            f"{base} and {finetuned} have no tensor in common: the first begins with {_first(start)}, "
-            f"the second with {_first(tuned)}; a delta needs the base that was fine-tuned"
-        )
-    if not names:
-        differing = [f"{name} {start.entries[name].shape} against {tuned.entries[name].shape}" for name in common[:3]]
-        raise NotHomologousError(
-            f"{base} and {finetuned} share {len(common)} names but no shape: {'; '.join(differing)}; "
-            "a delta needs the base that was fine-tuned, of the same size"
-        )
-    return Delta(start, tuned, names)
+    if finetuned_is_delta:
+        tuned = replace(tuned, is_difference=True)
+    start = None if base is None else open_checkpoint(base)
+    delta = Delta(start, tuned, tuple(align(start, tuned, vocab)))
+    if not len(delta):
+        raise _not_homologous(delta)
+    if not tuned.is_difference:
+        _warn_of_published_delta(delta)
+    return delta
 
 
-def _first(checkpoint: Checkpoint) -> str:
+def _read_float32(entry: Entry) -> torch.Tensor:
+    return entry.read().to(torch.float32)
+
+
+def _not_homologous(delta: Delta) -> NotHomologousError:
+    base, finetuned = delta.base, delta.finetuned
+    assert base is not None
+    differing = [match for match in delta.matches if match.status == "shape differs"]
+    if not differing:
+        return NotHomologousError(
+            f"{base.source} and {finetuned.source} have no tensor in common: the first begins with {_names(base)}, "
+            f"the second with {_names(finetuned)}; a delta needs the base that was fine-tuned"
+        )
+    examples = "; ".join(f"{match.tensor} {match.reason}" for match in differing[:3])
+    return NotHomologousError(
+        f"{base.source} and {finetuned.source} share {len(differing)} names but no shape: {examples}; "
+        "a delta needs the base that was fine-tuned, of the same size"
+    )
+
+
+def _names(checkpoint: Checkpoint) -> str:
     return ", ".join(list(checkpoint)[:3])
 
 
-def _coverage(base: Checkpoint | None, finetuned: Checkpoint) -> pd.DataFrame:
-    sides = {"base": base, "finetuned": finetuned}
-    names = dict.fromkeys(
-        name for side in sides.values() if side is not None for name in (*side.entries, *side.skipped)
-    )
-    rows = []
-    for name in sorted(names, key=reading_order):
-        entries = {key: side.entries.get(name) if side is not None else None for key, side in sides.items()}
-        status, reason = _status(name, base, finetuned)
-        row: dict[str, object] = {"tensor": name, "status": status, "reason": reason}
-        for key, entry in entries.items():
-            row[f"{key}_shape"] = str(entry.shape) if entry else ""
-            row[f"{key}_dtype"] = FLOAT_DTYPES[entry.dtype] if entry else ""
-        here = entries["finetuned"] or entries["base"]
-        row["numel"] = math.prod(here.shape) if here else 0
-        rows.append(row)
-    return pd.DataFrame(rows)
+def _warn_of_published_delta(delta: Delta) -> None:
+    """Warn if a few weight matrices of the fine-tuned side are far smaller than the base's."""
+    matrices = [match for match in delta.compared.values() if match.base is not None and len(match.base.shape) > 1]
+    few = matrices[:: max(len(matrices) // SAMPLED_TENSORS, 1)][:SAMPLED_TENSORS]
+    sizes = [(_size(match.finetuned), _size(match.base)) for match in few]
+    ratios = [tuned / base for tuned, base in sizes if base]
+    if ratios and statistics.median(ratios) < PUBLISHED_DELTA:
+        warnings.warn(
+            f"{delta.finetuned.source}: its weights are {statistics.median(ratios):.2g} times the size of the base's; "
+            "if it is a published delta and not a model, give finetuned_is_delta=True",
+            stacklevel=3,
+        )
 
 
-def _status(name: str, base: Checkpoint | None, finetuned: Checkpoint) -> tuple[str, str]:
-    sides = [side for side in (base, finetuned) if side is not None]
-    if not any(name in side for side in sides):
-        return "skipped", next(side.skipped[name] for side in sides if name in side.skipped)
-    if base is None:
-        return COMPARED, "difference from zero"
-    if name not in finetuned:
-        return "only in base", "the fine-tuned checkpoint has no tensor of this name"
-    if name not in base:
-        return "only in finetuned", "the base has no tensor of this name"
-    ours, theirs = base.entries[name].shape, finetuned.entries[name].shape
-    return (COMPARED, "") if ours == theirs else ("shape differs", f"{ours} against {theirs}")
+def _size(entry: Entry | None) -> float:
+    """Root mean square of the first entries."""
+    if isinstance(entry, Stored):
+        values = entry.piece(0, min(entry.numel, SAMPLED_ENTRIES))
+    else:
+        values = entry.read().reshape(-1)[:SAMPLED_ENTRIES] if entry is not None else torch.zeros(1)
+    return float(values.to(torch.float64).square().mean().sqrt().nan_to_num(nan=0.0))
 
 
 def drop_summary(name: str, before: torch.Tensor, after: torch.Tensor) -> dict[str, object]:

@@ -21,7 +21,7 @@ from transformers import (
 from transformers.utils import logging
 
 from delta_analysis._errors import CheckpointError
-from delta_analysis.checkpoint import Checkpoint
+from delta_analysis.checkpoint import Checkpoint, tokenizer_folder
 from delta_analysis.generation import answer_texts
 
 
@@ -68,6 +68,8 @@ def load_model(checkpoint: Checkpoint, device: str = "cpu") -> PreTrainedModel:
     CheckpointError
         A directory that transformers cannot load, or that lacks weights of its own architecture.
     """
+    if checkpoint.path is None or checkpoint.is_difference:
+        raise CheckpointError(f"{checkpoint.source}: is no model on disk; evaluation needs a checkpoint directory")
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -106,8 +108,9 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     CheckpointError
         A directory without a tokenizer that transformers can load.
     """
+    folder = tokenizer_folder(checkpoint)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise CheckpointError(
             f"{checkpoint.path}: has no tokenizer that can be loaded ({_first_line(str(error))}); "

@@ -44,6 +44,17 @@ TASK_PAIRS = (
 PAIRS = (*TASK_PAIRS, _zoo("base", "code-cpt", CPT, ""))
 """The pairs whose deltas are compared: those with a task, and continual pre-training alone."""
 
+ENCODER_PAIRS = tuple(
+    Relation(f"zoo:encoder/{base}", f"zoo:encoder/{finetuned}", kind, "")
+    for base, finetuned, kind in (
+        ("base", "strings", SFT),
+        ("code-cpt", "code", SFT),
+        ("base", "code", BOTH),
+        ("base", "code-cpt", CPT),
+    )
+)
+"""The same relations in the embedded encoder, whose tasks are classifications."""
+
 TASKS = ("instruct", "math", "code")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 Kind = Literal["linear", "embedding", "norm", "bias"]
@@ -53,3 +54,50 @@ def _kind(module: str, ndim: int) -> Kind:
 def reading_order(name: str) -> tuple[int, str]:
     """Sort key of every table and iteration: by layer, then by name."""
     return parse_name(name, ndim=2).layer, name
+
+
+INPUT_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "shared")
+OUTPUT_HEADS = ("lm_head", "embed_out", "cls.predictions.decoder")
+WRAPPERS = (
+    "base_model.model.",
+    "module.",
+    "_orig_mod.",
+    "model.",
+    "language_model.",
+    "transformer.",
+    "bert.",
+    "roberta.",
+    "distilbert.",
+    "electra.",
+    "deberta.",
+    "gpt_neox.",
+)
+"""What a wrapping module puts before the names of the model inside it."""
+
+
+def input_embedding(names: Iterable[str]) -> str | None:
+    """The name of the token embeddings."""
+    return _ending_with(names, INPUT_EMBEDDINGS)
+
+
+def output_head(names: Iterable[str]) -> str | None:
+    """The name of the matrix that turns the last hidden state into logits."""
+    return _ending_with(names, OUTPUT_HEADS)
+
+
+def _ending_with(names: Iterable[str], modules: tuple[str, ...]) -> str | None:
+    endings = tuple(f".{module}.weight" for module in modules)
+    return next((name for name in names if f".{name}".endswith(endings)), None)
+
+
+def bare_name(name: str) -> str:
+    """A name without the prefixes of wrapping modules.
+
+    Examples
+    --------
+    >>> bare_name("base_model.model.model.layers.0.mlp.up_proj.weight")
+    'layers.0.mlp.up_proj.weight'
+    """
+    while wrapper := next((each for each in WRAPPERS if name.startswith(each)), None):
+        name = name.removeprefix(wrapper)
+    return name

@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from delta_analysis.checkpoint import open_checkpoint
-from delta_analysis.delta import load_delta
+from delta_analysis._errors import one_of
+from delta_analysis.alignment import VOCABULARIES, Vocabulary
+from delta_analysis.checkpoint import open_checkpoint, tokenizer_folder
+from delta_analysis.delta import Delta, load_delta
 from delta_analysis.evaluate import ExactMatch, TextPerplexity, load_questions
 from delta_analysis.family import (
     PAIRS,
@@ -24,6 +27,7 @@ from delta_analysis.family import (
     sample_text_file,
     trail,
 )
+from delta_analysis.known_pairs import PREFIX, pair_sources
 from delta_analysis.paths import find_input, resolve
 from delta_analysis.sweep import Evaluation, Pair
 
@@ -39,14 +43,23 @@ class ParameterError(ValueError):
 
 @dataclass(frozen=True)
 class ValueRangesParameters:
-    """Parameters of 01_value_ranges; empty `base` and `finetuned` mean the embedded family."""
+    """Parameters of 01_value_ranges; empty `base` and `finetuned` mean the embedded family.
+
+    An adapter needs no base. `vocab` and `finetuned_is_delta` are those of `load_delta`.
+    """
 
     base: str
     finetuned: str
+    vocab: Vocabulary
+    finetuned_is_delta: bool
     out_dir: str
 
     def __post_init__(self) -> None:
-        _resolve_pair(self)
+        if self.vocab not in VOCABULARIES:
+            raise ParameterError("vocab", one_of("it", self.vocab, VOCABULARIES))
+        if not isinstance(self.finetuned_is_delta, bool):
+            raise ParameterError("finetuned_is_delta", f"must be True or False; not {self.finetuned_is_delta!r}")
+        _resolve_pair(self, vocab=self.vocab, finetuned_is_delta=self.finetuned_is_delta)
         check_out_dir(self.out_dir)
 
     @property
@@ -56,6 +69,11 @@ class ValueRangesParameters:
     def relations(self) -> tuple[Relation, ...]:
         """The pairs of the report."""
         return PAIRS if self.embedded else (Relation(self.base, self.finetuned, "given", ""),)
+
+    def load(self, relation: Relation) -> Delta:
+        """The delta of a pair."""
+        how = {} if self.embedded else {"vocab": self.vocab, "finetuned_is_delta": self.finetuned_is_delta}
+        return load_delta(base=relation.base or None, finetuned=relation.finetuned, **how)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -85,7 +103,7 @@ class AblationParameters:
         check_integer("n_questions", self.n_questions, low=1)
         check_device(self.device)
         self.pairs()
-        check_model("finetuned", self.finetuned)
+        check_model(self.base, self.finetuned)
         check_out_dir(self.out_dir)
 
     @property
@@ -125,40 +143,56 @@ def trail_pairs(n_questions: int) -> list[Pair]:
     return [Pair(r.name, r.base, r.finetuned, choose_evaluation(r.task, n_questions)) for r in relations]
 
 
-def _resolve_pair(parameters: ValueRangesParameters | AblationParameters) -> None:
+def _resolve_pair(parameters: ValueRangesParameters | AblationParameters, **how: Any) -> None:
     """Put full paths in place of relative ones, and check that the two can be compared."""
     for parameter in ("base", "finetuned"):
         value = getattr(parameters, parameter)
         if not isinstance(value, str):
-            raise ParameterError(parameter, f"must be a path or zoo:<size>/<name>, or empty; not {value!r}")
+            raise ParameterError(parameter, f"must be a path, a hub id or zoo:<size>/<name>, or empty; not {value!r}")
+    pair = next((value for value in (parameters.finetuned, parameters.base) if value.startswith(PREFIX)), "")
+    if pair:
+        try:
+            base, finetuned = pair_sources(pair)
+        except ValueError as error:
+            raise ParameterError("finetuned", error) from error
+        object.__setattr__(parameters, "base", base if parameters.base in ("", pair) else parameters.base)
+        object.__setattr__(parameters, "finetuned", finetuned)
+    for parameter in ("base", "finetuned"):
+        value = getattr(parameters, parameter)
         if value and not value.startswith("zoo:") and find_input(value).exists():
             object.__setattr__(parameters, parameter, str(find_input(value)))
-    check_pair(parameters.base, parameters.finetuned)
+    check_pair(parameters.base, parameters.finetuned, **how)
 
 
-def check_pair(base: str, finetuned: str) -> None:
-    """Both empty, or two checkpoints that can be opened and compared."""
-    for parameter, value, other in (("base", base, "finetuned"), ("finetuned", finetuned, "base")):
-        if not value and (finetuned or base):
-            raise ParameterError(parameter, f"is empty while {other} is not; give both, or neither (embedded family)")
-        if value:
-            try:
-                open_checkpoint(value)
-            except ValueError as error:
-                raise ParameterError(parameter, error) from error
-    if base:
+def check_pair(base: str, finetuned: str, **how: Any) -> None:
+    """Both empty, or two checkpoints that can be opened and compared; an adapter may stand without its base."""
+    if not finetuned and not base:
+        return
+    if not finetuned:
+        raise ParameterError("finetuned", "is empty while base is not; give both, or neither (embedded family)")
+    for parameter, value in (("base", base), ("finetuned", finetuned)):
         try:
-            load_delta(base=base, finetuned=finetuned)
+            checkpoint = open_checkpoint(value) if value else None
         except ValueError as error:
-            raise ParameterError("base", error) from error
+            raise ParameterError(parameter, error) from error
+    if not base and not (checkpoint and checkpoint.is_difference):
+        raise ParameterError("base", "is empty while finetuned is not; give both, or neither (embedded family)")
+    try:
+        load_delta(base=base or None, finetuned=finetuned, **how)
+    except ValueError as error:
+        raise ParameterError("base", error) from error
 
 
-def check_model(parameter: str, source: str) -> None:
-    """A checkpoint that can be evaluated: a directory with configuration and tokenizer."""
-    folder = open_checkpoint(source).path if source else None
-    if folder and not ((folder / "config.json").is_file() and list(folder.glob("tokenizer*"))):
+def check_model(base: str, finetuned: str) -> None:
+    """A model to evaluate, the fine-tuned one or an adapter's base: a directory with configuration and tokenizer."""
+    if not finetuned:
+        return
+    tuned = open_checkpoint(finetuned)
+    parameter, whole = ("base", base) if tuned.is_difference else ("finetuned", finetuned)
+    folder = tokenizer_folder(open_checkpoint(whole)) if whole else None
+    if not folder or not ((folder / "config.json").is_file() and list(folder.glob("tokenizer*"))):
         raise ParameterError(
-            parameter, f"{source}: evaluation needs a directory with config.json and tokenizer files beside the weights"
+            parameter, f"{whole}: evaluation needs a directory with config.json and tokenizer files beside the weights"
         )
 
 

@@ -17,7 +17,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentF
 from matplotlib.transforms import ScaledTranslation
 
 from delta_analysis.names import NO_LAYER
-from delta_analysis.ranges import MAGNITUDE_QUANTILES, THRESHOLDS
+from delta_analysis.tally import MAGNITUDE_QUANTILES, THRESHOLDS
 from delta_analysis.tolerance import logit
 
 PALETTE = ("#0072B2", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
@@ -108,30 +108,35 @@ def magnitude_histograms(histograms: pd.DataFrame, *, ax: Axes | None = None) ->
 def layer_heatmap(ranges: pd.DataFrame, *, value: str = "abs_p50", ax: Axes | None = None) -> Axes:
     """One statistic by layer and module, on a log colour scale.
 
-    `ranges` is a table of `value_ranges(by="tensor")` for one pair.
+    `ranges` is a table of `value_ranges(by="place")` for one pair. Up to 8 layers have their values
+    in the cells; of many layers every tenth is labelled.
     """
     ax = ax or plt.gca()
     table = ranges.assign(
         layer=ranges["layer"].map(lambda layer: "outside" if layer == NO_LAYER else str(layer)),
         module=ranges["module"].map(short_module),
     ).pivot_table(index="module", columns="layer", values=value, sort=False)
+    few = len(table.columns) <= MOST_ANNOTATED
     positive = table.to_numpy()[table.to_numpy() > 0]
     sns.heatmap(
         table,
         ax=ax,
         cmap="viridis",
         norm=mpl.colors.LogNorm(positive.min(), positive.max()) if positive.size else None,
-        annot=table * 1000 if len(table.columns) <= 8 else None,
+        annot=table * 1000 if few else None,
         fmt=".3g",
         annot_kws={"size": 7},
-        linewidths=0.5,
-        cbar_kws={"label": f"{_STATISTICS.get(value, value)} (in the cells: thousandths)"},
+        linewidths=0.5 if few else 0,
+        xticklabels=[label if few or not label.isdecimal() or int(label) % 10 == 0 else "" for label in table.columns],
+        yticklabels=True,
+        cbar_kws={"label": _STATISTICS.get(value, value) + (" (in the cells: thousandths)" if few else "")},
     )
     ax.set(xlabel="layer", ylabel="")
     ax.tick_params(axis="both", length=0)
     return ax
 
 
+MOST_ANNOTATED = 8
 _STATISTICS = {
     "abs_p50": "median |δ|",
     "abs_p99": "99% quantile of |δ|",

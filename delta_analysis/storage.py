@@ -1,4 +1,7 @@
-"""Float32 and bfloat16 entries inside compiled loops, where bfloat16 comes as 16-bit words."""
+"""Float32, bfloat16 and float16 entries inside compiled loops; of 16-bit floats the loops get the words.
+
+A bfloat16 is an unsigned word and a float16 a signed one, so that their types tell them apart.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,9 @@ from numba.extending import overload
 
 NATIVE = (torch.float32, torch.bfloat16)
 """The dtypes that compiled loops read and write as they are stored."""
+READABLE = (*NATIVE, torch.float16)
+"""Those that they read as they are stored."""
+WORDS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
 
 HIGH, LOW = 2**15, 2**16
 """A magnitude's 31 bits in two digits: how many values the upper and the lower one have."""
@@ -19,9 +25,9 @@ compiled = numba.njit(cache=True, nogil=True, error_model="numpy")
 
 
 def entries(tensor: torch.Tensor) -> np.ndarray:
-    """A CPU tensor of a native dtype as the flat array that compiled loops take: float32, or 16-bit words."""
+    """A CPU tensor of a readable dtype as the flat array that compiled loops take: float32, or 16-bit words."""
     flat = tensor.view(-1)
-    return flat.numpy() if flat.dtype == torch.float32 else flat.view(torch.uint16).numpy()
+    return flat.view(WORDS.get(flat.dtype, flat.dtype)).numpy()
 
 
 def widen(entry: Any) -> Any:
@@ -43,7 +49,18 @@ def magnitude(entry: Any) -> Any:
 def _widen(entry):  # type: ignore[no-untyped-def]
     if entry == types.uint16:
         return lambda entry: np.uint32(np.uint32(entry) << np.uint32(16)).view(np.float32)
+    if entry == types.int16:
+        return _from_float16
     return lambda entry: entry
+
+
+def _from_float16(entry):  # type: ignore[no-untyped-def]
+    word = np.uint32(np.uint16(entry))
+    # Exponent and mantissa in their places of a float32, which makes a value 2^112 times too small.
+    small = np.uint32((word & np.uint32(0x7FFF)) << np.uint32(13)).view(np.float32) * np.float32(2.0**112)
+    top = np.uint32(0x7F800000) if (word & np.uint32(0x7C00)) == np.uint32(0x7C00) else np.uint32(0)
+    sign = np.uint32((word & np.uint32(0x8000)) << np.uint32(16))
+    return np.uint32(np.float32(small).view(np.uint32) | top | sign).view(np.float32)
 
 
 @overload(narrow)

@@ -71,11 +71,13 @@ class EditableModel:
         lazy = load_delta(base=pair.base, finetuned=pair.finetuned)
         tensors = {name: lazy.read(name) for name in lazy}
         delta = {name: tensor for name, (tensor, _) in tensors.items()}
-        base = {name: tensor for name, (_, tensor) in tensors.items()}
+        base = {name: torch.zeros_like(delta[name]) if start is None else start for name, (_, start) in tensors.items()}
+        # An adapter or a published delta has no model of its own: its base is edited.
+        whole = lazy.base if lazy.finetuned.is_difference and lazy.base is not None else lazy.finetuned
         # transformers builds models under a global device context, so one thread at a time.
         with _LOADING:
-            model = load_model(lazy.finetuned, device)
-        return cls(pair, model, load_tokenizer(lazy.finetuned), base, delta)
+            model = load_model(whole, device)
+        return cls(pair, model, load_tokenizer(whole), base, delta)
 
     def judge(self, pruner: Pruner, seed: int) -> dict[str, object]:
         """One cell of a sweep: prune, patch the model, evaluate, restore the model."""

@@ -12,10 +12,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from delta_analysis import paths
 from delta_analysis._errors import CheckpointError
-from delta_analysis.checkpoint import INDEX, Checkpoint, open_checkpoint
+from delta_analysis.checkpoint import Checkpoint, open_checkpoint
+from delta_analysis.entry import Stored
+from delta_analysis.folder import LAYOUTS
 from tests.conftest import SaveCheckpoint
 
-DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+INDEX = LAYOUTS[0][1]
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 TENSORS = {
     "model.norm.weight": torch.tensor([1.0, 2.0], dtype=torch.float16),
     "model.layers.10.a.weight": torch.arange(6.0).reshape(2, 3),
@@ -105,7 +108,14 @@ def test_entries_tell_file_shape_and_dtype(save_checkpoint: SaveCheckpoint) -> N
     entries = open_checkpoint(folder).entries
     for shard, names in SHARDS.items():
         for name in names:
-            assert entries[name] == (folder / shard, tuple(TENSORS[name].shape), DTYPES[TENSORS[name].dtype])
+            entry = entries[name]
+            assert isinstance(entry, Stored)
+            assert (entry.files, entry.shape, entry.dtype) == (
+                (folder / shard,),
+                tuple(TENSORS[name].shape),
+                TENSORS[name].dtype,
+            )
+            assert (entry.name, entry.strides) == (name, None)
 
 
 def test_iteration_is_by_layer_then_by_name(save_checkpoint: SaveCheckpoint) -> None:
@@ -191,53 +201,54 @@ def test_integer_buffers_are_skipped_with_a_reason(save_checkpoint: SaveCheckpoi
     checkpoint = open_checkpoint(save_checkpoint("one", {"a.weight": torch.ones(2), **buffers}))
     assert list(checkpoint) == ["a.weight"]
     assert checkpoint.skipped == {
-        "embeddings.position_ids": "I64 buffer, not a weight",
-        "attn.mask": "BOOL buffer, not a weight",
+        "embeddings.position_ids": "int64 buffer, not a weight",
+        "attn.mask": "bool buffer, not a weight",
     }
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype", "stored"),
+    ("name", "dtype", "kind"),
     [
-        ("model.layers.0.q_proj.weight", torch.int8, "I8"),
-        ("model.layers.0.q_proj.weight", torch.int64, "I64"),
-        ("model.layers.0.q_proj.qweight", torch.int32, "I32"),
-        ("model.layers.0.q_proj.qzeros", torch.int32, "I32"),
-        ("model.layers.0.q_proj.weight", torch.uint8, "U8"),
-        ("model.layers.0.q_proj.weight", torch.float8_e4m3fn, "F8_E4M3"),
+        ("model.layers.0.q_proj.weight", torch.int8, "int8: int8 codes"),
+        ("model.layers.0.q_proj.weight", torch.int64, "int64: packed codes"),
+        ("model.layers.0.q_proj.qweight", torch.int32, "int32: packed codes"),
+        ("model.layers.0.q_proj.qzeros", torch.int32, "int32: packed codes"),
+        ("model.layers.0.q_proj.weight", torch.uint8, "uint8: packed codes"),
+        ("model.layers.0.q_proj.weight", torch.float8_e4m3fn, "float8_e4m3fn: fp8 codes"),
+        ("model.layers.0.q_proj.weight", torch.float8_e5m2, "float8_e5m2: fp8 codes"),
     ],
 )
-def test_quantised_weights_are_refused(
-    save_checkpoint: SaveCheckpoint, name: str, dtype: torch.dtype, stored: str
-) -> None:
-    folder = save_checkpoint("quantised", {"a.weight": torch.ones(2), name: torch.ones(2, 2).to(dtype)})
-    message = refusal(folder)
-    assert message.startswith(f"{folder / 'model.safetensors'}: tensor {name!r} has dtype {stored}; ")
-    assert "expected floating point (F64, F32, F16, BF16)" in message
-    assert "dequantise" in message
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_quantised_weights_are_refused(tmp_path: Path, file: str, name: str, dtype: torch.dtype, kind: str) -> None:
+    tensors = {"a.weight": torch.ones(2), name: torch.ones(2, 2).to(dtype)}
+    save_file(tensors, tmp_path / file) if file.endswith("safetensors") else torch.save(tensors, tmp_path / file)
+    message = refusal(tmp_path)
+    assert message.startswith(f"{tmp_path / file}: tensor {name!r} is stored as {kind}, which mean nothing without ")
+    assert "expected float64, float32, float16 or bfloat16" in message
+    assert "dequantize" in message
 
 
 def test_an_absent_path_is_refused(tmp_path: Path) -> None:
     message = refusal(tmp_path / "nowhere")
     assert message.startswith(f"{tmp_path / 'nowhere'}: no such file or directory; expected ")
     assert "checkpoint directory" in message
-    assert ".safetensors file" in message
+    assert ".safetensors or .bin file" in message
     assert "zoo:small/base" in message
 
 
-@pytest.mark.parametrize("files", [[], ["pytorch_model.bin", "config.json"]])
+@pytest.mark.parametrize("files", [[], ["config.json", "tf_model.h5", "training_args.bin"]])
 def test_a_directory_without_weights_is_refused(tmp_path: Path, files: list[str]) -> None:
     for file in files:
         (tmp_path / file).write_text("{}")
     message = refusal(tmp_path)
-    assert message.startswith(f"{tmp_path}: no .safetensors weights here; expected model.safetensors")
+    assert message.startswith(f"{tmp_path}: no weights here; expected model.safetensors or pytorch_model.bin")
     assert INDEX in message
 
 
 def test_a_file_of_another_format_is_refused(tmp_path: Path) -> None:
-    file = tmp_path / "pytorch_model.bin"
-    file.write_bytes(b"PK")
-    assert refusal(file) == f"{file}: expected a .safetensors file; convert it with save_pretrained first"
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF")
+    assert refusal(file) == f"{file}: expected a .safetensors or .bin file; convert it with save_pretrained first"
 
 
 @pytest.mark.parametrize("tensors", [{}, {"position_ids": torch.arange(4)}], ids=["empty", "only buffers"])
@@ -376,12 +387,13 @@ def test_a_file_deleted_after_opening_is_an_error_on_reading(save_checkpoint: Sa
 
 @pytest.mark.parametrize("left", [0, 4, 60, -1])
 def test_a_file_truncated_after_opening_is_an_error_on_reading(save_checkpoint: SaveCheckpoint, left: int) -> None:
-    file = save_checkpoint("one", TENSORS) / "model.safetensors"
+    file = save_checkpoint("one", {"a.weight": torch.ones(3), "b.weight": torch.ones(5)}) / "model.safetensors"
     checkpoint = open_checkpoint(file)
     file.write_bytes(file.read_bytes()[:left])
     with pytest.raises(CheckpointError) as caught:
-        checkpoint["scale"]
-    assert str(caught.value).startswith(f"{file}: tensor 'scale' cannot be read: ")
+        checkpoint["b.weight"]
+    assert str(caught.value).startswith(f"{file}: tensor 'b.weight' cannot be read: it ends ")
+    assert "bytes too early; " in str(caught.value)
 
 
 def test_an_error_on_reading_says_what_to_do(save_checkpoint: SaveCheckpoint) -> None:

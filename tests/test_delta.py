@@ -170,12 +170,12 @@ def test_read_gives_the_delta_and_its_base_in_float32(save_checkpoint: SaveCheck
     cases = [
         (against_base, [0.5, -4.0], [1.0, 2.0]),
         (against_base.pruned(Recorder(2.0), seed=0), [1.0, -8.0], [1.0, 2.0]),
-        (load_delta(base=None, finetuned=folder), [1.5, -2.0], [0.0, 0.0]),
+        (load_delta(base=None, finetuned=folder), [1.5, -2.0], None),
     ]
     for delta, tensor, subtracted in cases:
         found = delta.read("a.weight")
-        assert [each.tolist() for each in found] == [tensor, subtracted]
-        assert {each.dtype for each in found} == {torch.float32}
+        assert [each if each is None else each.tolist() for each in found] == [tensor, subtracted]
+        assert {each.dtype for each in found if each is not None} == {torch.float32}
 
 
 def test_pruned_applies_any_callable_and_remembers_it(pair: Delta) -> None:
@@ -295,16 +295,18 @@ def test_coverage_tells_every_status(save_checkpoint: SaveCheckpoint) -> None:
         "finetuned_shape",
         "finetuned_dtype",
         "numel",
+        "numel_compared",
     ]
-    columns = ["tensor", "status", "base_shape", "base_dtype", "finetuned_shape", "finetuned_dtype", "numel"]
+    columns = ["tensor", "status", "base_shape", "base_dtype", "finetuned_shape", "finetuned_dtype"]
+    columns += ["numel", "numel_compared"]
     rows = {row[0]: row[1:] for row in coverage[columns].itertuples(index=False, name=None)}
     assert rows.pop("lm_head.weight")[0] == "skipped"
     assert rows == {
-        "model.embed_tokens.weight": ("compared", "(4, 2)", "float32", "(4, 2)", "float32", 8),
-        "model.layers.0.a.weight": ("compared", "(2, 3)", "bfloat16", "(2, 3)", "float64", 6),
-        "model.layers.0.b.weight": ("shape differs", "(2, 3)", "float32", "(4, 3)", "float32", 12),
-        "model.layers.1.old.weight": ("only in base", "(5,)", "float16", "", "", 5),
-        "model.layers.1.new.weight": ("only in finetuned", "", "", "(6,)", "float32", 6),
+        "model.embed_tokens.weight": ("compared", "(4, 2)", "float32", "(4, 2)", "float32", 8, 8),
+        "model.layers.0.a.weight": ("compared", "(2, 3)", "bfloat16", "(2, 3)", "float64", 6, 6),
+        "model.layers.0.b.weight": ("shape differs", "(2, 3)", "float32", "(4, 3)", "float32", 12, 0),
+        "model.layers.1.old.weight": ("only in base", "(5,)", "float16", "", "", 5, 0),
+        "model.layers.1.new.weight": ("only in finetuned", "", "", "(6,)", "float32", 6, 0),
     }
     reasons = dict(zip(coverage["tensor"], coverage["reason"], strict=True))
     assert reasons["lm_head.weight"] == "tied to model.embed_tokens.weight, counted there"
@@ -324,23 +326,29 @@ def test_coverage_is_in_reading_order(save_checkpoint: SaveCheckpoint) -> None:
     assert coverage["status"].tolist() == ["compared", "only in finetuned", "skipped", "only in base"]
 
 
-def test_a_head_that_only_the_finetuned_model_unties_is_not_called_tied(save_checkpoint: SaveCheckpoint) -> None:
-    tensors = {"model.embed_tokens.weight": torch.ones(4, 2), "lm_head.weight": torch.ones(4, 2)}
+def test_a_head_that_only_the_finetuned_model_unties_is_compared_with_the_embeddings(
+    save_checkpoint: SaveCheckpoint,
+) -> None:
+    embeddings, head = normal(0, 4, 2), normal(1, 4, 2)
+    base = {"model.embed_tokens.weight": embeddings, "lm_head.weight": embeddings.clone()}
+    finetuned = {"model.embed_tokens.weight": embeddings + 1, "lm_head.weight": head}
     delta = load_delta(
-        base=save_checkpoint("base", tensors, config={"tie_word_embeddings": True}),
-        finetuned=save_checkpoint("finetuned", tensors, config={"tie_word_embeddings": False}),
+        base=save_checkpoint("base", base, config={"tie_word_embeddings": True}),
+        finetuned=save_checkpoint("finetuned", finetuned, config={"tie_word_embeddings": False}),
     )
-    assert list(delta) == ["model.embed_tokens.weight"]
+    # What the base computes its logits with is its embeddings.
+    assert list(delta) == ["lm_head.weight", "model.embed_tokens.weight"]
+    assert torch.equal(delta["lm_head.weight"], head - embeddings)
     row = delta.coverage().set_index("tensor").loc["lm_head.weight"]
-    # Its entries stand in no row of any table, so it must not be said to be counted elsewhere.
-    assert (row["status"], row["finetuned_shape"], row["numel"]) == ("only in finetuned", "(4, 2)", 8)
+    assert (row["status"], row["reason"]) == ("compared", "with model.embed_tokens.weight of the base")
+    assert (row["finetuned_shape"], row["numel"], row["numel_compared"]) == ("(4, 2)", 8, 8)
 
 
 def test_coverage_without_a_base(save_checkpoint: SaveCheckpoint) -> None:
     tensors = {"a.weight": torch.ones(2, 2, dtype=torch.float16), "a.ids": torch.arange(3)}
     coverage = load_delta(base=None, finetuned=save_checkpoint("model", tensors)).coverage().set_index("tensor")
     assert coverage["status"].to_dict() == {"a.ids": "skipped", "a.weight": "compared"}
-    assert coverage.loc["a.ids", "reason"] == "I64 buffer, not a weight"
+    assert coverage.loc["a.ids", "reason"] == "int64 buffer, not a weight"
     assert coverage.loc["a.weight", ["base_shape", "base_dtype"]].tolist() == ["", ""]
     assert coverage.loc["a.weight", ["finetuned_shape", "finetuned_dtype", "numel"]].tolist() == [
         "(2, 2)",
@@ -524,7 +532,7 @@ def test_without_a_base_every_pruner_prunes_the_weights(coarse: Delta, pruner: P
         expected = whole[name] if scope == "model" else pruner(weights, name=name, seed=3)
         assert torch.equal(afresh[name], expected)
         assert torch.equal(backwards[name], expected)
-        assert torch.equal(pruned.read(name)[1], torch.zeros_like(weights))
+        assert pruned.read(name)[1] is None
 
 
 def test_summary_of_magnitude_pruning(coarse: Delta) -> None:

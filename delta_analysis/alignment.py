@@ -1,0 +1,154 @@
+"""Which tensor of the base belongs to which of the fine-tune, and what has no counterpart."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import pandas as pd
+
+from delta_analysis._errors import NotHomologousError, one_of
+from delta_analysis.adapter import LowRank
+from delta_analysis.checkpoint import Checkpoint
+from delta_analysis.entry import Entry, Held, Stored
+from delta_analysis.names import bare_name, input_embedding, output_head, reading_order
+
+Vocabulary = Literal["common", "error"]
+VOCABULARIES = ("common", "error")
+COMPARED = "compared"
+
+
+@dataclass(frozen=True)
+class Match:
+    """A tensor name of either side, with what is compared under it.
+
+    Attributes
+    ----------
+    tensor : the name, the fine-tuned side's where it has one.
+    status : `compared`, `only in base`, `only in finetuned`, `shape differs` or `skipped`.
+    finetuned, base : where the two weights come from, cut to the rows that both have if these are
+        compared; None where a side has none.
+    base_name : what the base calls its weight.
+    """
+
+    tensor: str
+    status: str
+    reason: str
+    finetuned: Entry | None = field(repr=False)
+    base: Entry | None = field(repr=False)
+    base_name: str = ""
+
+
+def align(base: Checkpoint | None, finetuned: Checkpoint, vocab: Vocabulary) -> list[Match]:
+    """Every tensor name of either side, matched by name, by layer, then by name.
+
+    Names that differ by the prefix of a wrapping module only are the same; a head that the base ties
+    to its embeddings is compared with these. Matrices over vocabularies of different sizes are
+    compared in the rows that both have (`vocab="common"`) or refused (`"error"`).
+    """
+    if vocab not in VOCABULARIES:
+        raise ValueError(one_of("vocab", vocab, VOCABULARIES))
+    partners = {} if base is None else _partners(base, finetuned)
+    matches = [_match(name, partners.get(name), base, finetuned, vocab) for name in finetuned]
+    if base is not None:
+        matches += [_only_in_base(name, base, finetuned) for name in base if name not in partners.values()]
+    known = {match.tensor for match in matches} | set(partners.values())
+    for side in (finetuned, base):
+        for name, reason in side.skipped.items() if side is not None else ():
+            if name not in known:
+                known.add(name)
+                matches.append(Match(name, "skipped", reason, None, None))
+    return sorted(matches, key=lambda match: reading_order(match.tensor))
+
+
+def _partners(base: Checkpoint, finetuned: Checkpoint) -> dict[str, str]:
+    """Fine-tuned name -> the base's name of the same weight."""
+    partners = {name: name for name in finetuned if name in base}
+    ours, theirs = (_bare_names(name for name in side if name not in partners) for side in (finetuned, base))
+    partners.update({name: theirs[bare] for bare, name in ours.items() if bare in theirs})
+    head, embedding = output_head(finetuned), input_embedding(base)
+    if head and embedding and head not in partners and base.ties_head and output_head(base) is None:
+        partners[head] = embedding
+    return partners
+
+
+def _bare_names(names: Iterable[str]) -> dict[str, str]:
+    """Bare name -> name, where only one name has it."""
+    bare = {name: bare_name(name) for name in names}
+    count = Counter(bare.values())
+    return {short: name for name, short in bare.items() if count[short] == 1}
+
+
+def _match(name: str, partner: str | None, base: Checkpoint | None, finetuned: Checkpoint, vocab: Vocabulary) -> Match:
+    tuned = finetuned.entries[name]
+    if base is None or partner is None:
+        if base is not None:
+            return Match(name, "only in finetuned", "the base has no tensor of this name", tuned, None)
+        return Match(name, COMPARED, "" if finetuned.is_difference else "difference from zero", tuned, None)
+    start = base.entries[partner]
+    if isinstance(tuned, LowRank) and tuned.shape != start.shape == tuned.shape[::-1]:
+        # An adapter's one flag for this is wrong for some of its modules if they are of different kinds.
+        tuned = replace(tuned, transposed=not tuned.transposed)
+    reason = "" if partner == name else f"with {partner} of the base"
+    if tuned.shape == start.shape:
+        return Match(name, COMPARED, reason, tuned, start, partner)
+    shapes = f"{start.shape} against {tuned.shape}"
+    if not _grown(tuned, finetuned) or not _grown(start, base) or tuned.shape[1:] != start.shape[1:]:
+        return Match(name, "shape differs", shapes, tuned, start, partner)
+    if vocab == "error":
+        raise NotHomologousError(
+            f"{base.source} and {finetuned.source}: {name!r} covers vocabularies of different sizes, {shapes}; "
+            "give vocab='common' to compare the rows that both have"
+        )
+    rows = min(tuned.shape[0], start.shape[0])
+    rest = f"the first {rows} rows; {max(tuned.shape[0], start.shape[0]) - rows} more "
+    rest += "in finetuned" if tuned.shape[0] > rows else "in base"
+    return Match(
+        name, COMPARED, "; ".join(filter(None, (reason, rest))), _first(tuned, rows), _first(start, rows), partner
+    )
+
+
+def _grown(entry: Entry, side: Checkpoint) -> bool:
+    """Whether the entry has a row for each token, and can be cut."""
+    embedding = input_embedding(side)
+    cuttable = isinstance(entry, Held) or (isinstance(entry, Stored) and entry.strides is None)
+    return bool(cuttable and embedding and entry.shape and entry.shape[0] == side.entries[embedding].shape[0])
+
+
+def _first(entry: Entry, rows: int) -> Entry:
+    """The first rows of a tensor."""
+    if isinstance(entry, Stored):
+        return replace(entry, shape=(rows, *entry.shape[1:]))
+    return Held(entry.read()[:rows])
+
+
+def _only_in_base(name: str, base: Checkpoint, finetuned: Checkpoint) -> Match:
+    reason = "the fine-tuned checkpoint has no tensor of this name"
+    if finetuned.is_difference:
+        reason = "the fine-tune leaves it as it is"
+    elif name == output_head(base) and finetuned.ties_head:
+        reason = f"the fine-tuned model ties its head to {input_embedding(finetuned)}"
+    return Match(name, "only in base", reason, None, base.entries[name], name)
+
+
+def coverage_table(matches: list[Match], base: Checkpoint | None, finetuned: Checkpoint) -> pd.DataFrame:
+    """One row a tensor name on either side; the columns are those of `Delta.coverage`."""
+    rows = []
+    for match in matches:
+        # The sides' own entries, since those of a match may be cut.
+        sides = {
+            "base": base.entries.get(match.base_name or match.tensor) if base is not None else None,
+            "finetuned": finetuned.entries.get(match.tensor),
+        }
+        row: dict[str, object] = {"tensor": match.tensor, "status": match.status, "reason": match.reason}
+        for key, entry in sides.items():
+            row[f"{key}_shape"] = str(entry.shape) if entry else ""
+            row[f"{key}_dtype"] = str(entry.dtype).removeprefix("torch.") if entry else ""
+        here = sides["finetuned"] or sides["base"]
+        row["numel"] = math.prod(here.shape) if here else 0
+        row["numel_compared"] = math.prod(match.finetuned.shape) if match.finetuned and match.status == COMPARED else 0
+        rows.append(row)
+    return pd.DataFrame(rows)

@@ -1,0 +1,96 @@
+"""Settings that change what weights mean, where two configurations differ in them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pandas as pd
+from huggingface_hub.errors import StrictDataclassError
+from transformers import CONFIG_MAPPING
+
+Config = Mapping[str, Any]
+UNSTATED = "not stated"
+
+
+def config_differences(base: Config, finetuned: Config) -> pd.DataFrame:
+    """The settings that give weights another meaning and differ between two `config.json`.
+
+    A setting that a configuration leaves out has the default of its model type.
+
+    Parameters
+    ----------
+    base, finetuned : the two configurations; an empty one, of a bare file or an adapter, differs in nothing.
+
+    Returns
+    -------
+    DataFrame with columns `setting, base, finetuned`, the values as text.
+
+    Examples
+    --------
+    >>> llama, code = {"rope_theta": 10000.0, "vocab_size": 32000}, {"rope_theta": 1000000, "vocab_size": 32000}
+    >>> config_differences(llama, code).to_dict("records")
+    [{'setting': 'rope theta', 'base': '10000', 'finetuned': '1e+06'}]
+    """
+    rows = []
+    if base and finetuned:
+        sides = _with_defaults(base), _with_defaults(finetuned)
+        for setting, read in SETTINGS.items():
+            ours, theirs = (_text(read(side)) for side in sides)
+            if ours != theirs:
+                rows.append({"setting": setting, "base": ours, "finetuned": theirs})
+    return pd.DataFrame(rows, columns=["setting", "base", "finetuned"])
+
+
+def _with_defaults(config: Config) -> Config:
+    # A model of text and images keeps the language model's settings one level down.
+    stated = {**config, **config.get("text_config", {})}
+    kind = stated.get("model_type")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        return stated
+    try:
+        return CONFIG_MAPPING[kind].from_dict(stated).to_dict()
+    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError):
+        # Settings that this version of transformers refuses are still compared as they are stated.
+        return stated
+
+
+def _first_of(*keys: str) -> Callable[[Config], object]:
+    return lambda config: next((config[key] for key in keys if config.get(key) is not None), UNSTATED)
+
+
+def _rope(config: Config) -> dict[str, Any]:
+    """All about rotary positions in one dict: `rope_parameters`, or what older files state in its place."""
+    if config.get("rope_parameters"):
+        return config["rope_parameters"]
+    scaling = {
+        "rope_type" if key == "type" else key: value for key, value in (config.get("rope_scaling") or {}).items()
+    }
+    return {**scaling, **({"rope_theta": config["rope_theta"]} if "rope_theta" in config else {})}
+
+
+def _rope_scaling(config: Config) -> object:
+    scaling = {key: value for key, value in _rope(config).items() if key not in ("rope_theta", "type")}
+    return scaling if scaling.get("rope_type", "default") != "default" else "none"
+
+
+def _text(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_text(each)}" for key, each in sorted(value.items()))
+    return f"{value:g}" if isinstance(value, float | int) and not isinstance(value, bool) else str(value)
+
+
+SETTINGS: dict[str, Callable[[Config], object]] = {
+    "model type": _first_of("model_type"),
+    "vocabulary size": _first_of("vocab_size"),
+    "tied embeddings": _first_of("tie_word_embeddings"),
+    "activation": _first_of("hidden_act", "activation_function", "hidden_activation"),
+    "norm epsilon": _first_of("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps"),
+    "rope theta": lambda config: _rope(config).get("rope_theta", UNSTATED),
+    "rope scaling": _rope_scaling,
+    "attention heads": _first_of("num_attention_heads", "n_head"),
+    "key-value heads": _first_of("num_key_value_heads"),
+    "head size": _first_of("head_dim"),
+    "sliding window": _first_of("sliding_window"),
+    "experts a token": _first_of("num_experts_per_tok"),
+}

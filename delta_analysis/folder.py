@@ -1,0 +1,105 @@
+"""The weight files of a checkpoint's directory, and its JSON files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from delta_analysis._errors import CheckpointError
+from delta_analysis.entry import Entry
+from delta_analysis.formats import read_header
+
+LAYOUTS = (
+    ("model.safetensors", "model.safetensors.index.json", "*.safetensors"),
+    ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model*.bin"),
+)
+"""Single file, index, and shards without an index; the first layout that is there is read."""
+
+
+def read_folder(path: Path) -> dict[str, Entry]:
+    """The tensors of a checkpoint's directory, or of a single weight file, by name.
+
+    Raises
+    ------
+    CheckpointError
+        No weights, a missing shard, an index that contradicts its shards or leads out of the
+        directory, a name that two files hold.
+    """
+    if not path.is_dir():
+        return read_header(_regular(path))
+    found: dict[str, Entry] = {}
+    for file, (promised, index) in _weight_files(path).items():
+        header = read_header(_regular(file))
+        missing = sorted(promised - header.keys())
+        if missing:
+            raise CheckpointError(
+                f"{file}: tensor {missing[0]!r} is named in {index} but is not in the shard "
+                f"({len(missing)} such); the shard and the index come from different saves, fetch both again"
+            )
+        twice = sorted(found.keys() & header.keys())
+        if twice:
+            other = found[twice[0]].files
+            raise CheckpointError(
+                f"{file}: tensor {twice[0]!r} also stands in {other[0].name if other else 'another file'}; "
+                "remove one of the two files, or add an index"
+            )
+        found.update(header)
+    return found
+
+
+def _regular(file: Path) -> Path:
+    """A file that can be read twice from any place, unlike a pipe, which would wait for ever."""
+    if file.is_file() and file.suffix in (".safetensors", ".bin"):
+        return file
+    raise CheckpointError(f"{file}: expected a .safetensors or .bin file; convert it with save_pretrained first")
+
+
+def _weight_files(path: Path) -> dict[Path, tuple[set[str], str]]:
+    """The files to read, each with the names that an index promises in it and the index's own name."""
+    for single, index, pattern in LAYOUTS:
+        if (path / index).exists():
+            return _indexed(path / index)
+        files = [path / single] if (path / single).exists() else sorted(path.glob(pattern))
+        if files:
+            return {file: (set(), "") for file in files}
+    raise CheckpointError(
+        f"{path}: no weights here; expected model.safetensors or pytorch_model.bin, or shards of either with their "
+        f"index ({LAYOUTS[0][1]} or {LAYOUTS[1][1]})"
+    )
+
+
+def _indexed(index: Path) -> dict[Path, tuple[set[str], str]]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: has no 'weight_map'; fetch the index again")
+    promised: dict[str, set[str]] = {}
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or shard in ("", "..") or "\0" in shard:
+            raise CheckpointError(f"{index}: shard {shard!r} is not the name of a file; fetch the index again")
+        if Path(shard).name != shard:
+            raise CheckpointError(
+                f"{index}: shard {shard!r} lies outside the checkpoint's directory; fetch the index again"
+            )
+        promised.setdefault(shard, set()).add(name)
+    for shard in sorted(promised):
+        if not (index.parent / shard).exists():
+            raise CheckpointError(f"{index.parent / shard}: named in {index.name} but absent; fetch the missing shard")
+    return {index.parent / shard: (promised[shard], index.name) for shard in sorted(promised)}
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The `config.json` of a directory; empty if there is none."""
+    file = path / "config.json"
+    return read_json(file) if path.is_dir() and file.exists() else {}
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise CheckpointError(f"{file}: not readable as JSON ({error}); fetch it again") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file}: expected a JSON object, got {type(content).__name__}")
+    return content

@@ -1,0 +1,472 @@
+"""What is saved is base + delta, transformers loads it, and nothing half-written is left."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors import safe_open
+from safetensors.torch import load_file
+from scipy.special import ndtr
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+)
+
+from delta_analysis import saving
+from delta_analysis._errors import NotHomologousError
+from delta_analysis.checkpoint import open_checkpoint
+from delta_analysis.delta import load_delta
+from delta_analysis.pruning import Dare, Magnitude
+from delta_analysis.saving import save_checkpoint
+from tests.conftest import SaveCheckpoint
+from tests.test_checkpoint import tiny_llama
+from tests.test_delta import normal
+
+INDEX = "model.safetensors.index.json"
+
+
+def moved(model: PreTrainedModel, spread: float = 0.01) -> PreTrainedModel:
+    """A copy with noise on every parameter, so that tied ones stay tied."""
+    moved = copy.deepcopy(model)
+    with torch.no_grad():
+        for i, parameter in enumerate(moved.parameters()):
+            parameter += spread * normal(i, *parameter.shape)
+    return moved
+
+
+def tiny_bert() -> BertForMaskedLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return BertForMaskedLM(BertConfig(vocab_size=11, max_position_embeddings=16, **sizes))
+
+
+def tiny_gpt2() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    sizes = {"n_embd": 8, "n_layer": 2, "n_head": 2, "n_positions": 16}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=11, bos_token_id=0, eos_token_id=0, **sizes))
+
+
+MODELS = {
+    "untied llama": lambda: tiny_llama(tie_word_embeddings=False),
+    "tied llama": lambda: tiny_llama(tie_word_embeddings=True),
+    "bert": tiny_bert,
+    "gpt2": tiny_gpt2,
+}
+
+
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(torch.arange(10).reshape(2, 5)).logits
+
+
+@pytest.mark.parametrize("max_shard_size", ["5GB", 1500])
+@pytest.mark.parametrize("kind", MODELS)
+def test_what_is_saved_is_loaded_as_the_fine_tuned_model(tmp_path: Path, kind: str, max_shard_size: int | str) -> None:
+    model = MODELS[kind]()
+    tuned = moved(model)
+    model.save_pretrained(tmp_path / "base")
+    tuned.save_pretrained(tmp_path / "finetuned", max_shard_size="2KB")
+    delta = load_delta(base=tmp_path / "base", finetuned=tmp_path / "finetuned")
+    out = tmp_path / "new" / "out"
+    table = save_checkpoint(open_checkpoint(tmp_path / "base"), delta, out, max_shard_size=max_shard_size)
+    loaded, info = type(model).from_pretrained(out, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    for (name, parameter), expected in zip(loaded.named_parameters(), tuned.parameters(), strict=True):
+        # float32(base) + float32(fine-tuned - base) is off by a rounding of each.
+        torch.testing.assert_close(parameter, expected, rtol=2e-7, atol=1e-8, msg=name)
+    torch.testing.assert_close(logits(loaded), logits(tuned), rtol=1e-5, atol=1e-6)
+    assert set(table["tensor"]) == set(open_checkpoint(out))
+    assert (out / INDEX).exists() == (max_shard_size != "5GB")
+    assert sorted({*table["file"]}) == sorted(file.name for file in out.glob("*.safetensors"))
+
+
+def test_a_bfloat16_pair_is_saved_to_the_last_bit(tmp_path: Path) -> None:
+    model = tiny_llama(tie_word_embeddings=False)
+    model.bfloat16().save_pretrained(tmp_path / "base")
+    moved(model).bfloat16().save_pretrained(tmp_path / "finetuned")
+    delta = load_delta(base=tmp_path / "base", finetuned=tmp_path / "finetuned")
+    table = save_checkpoint(open_checkpoint(tmp_path / "base"), delta, tmp_path / "out")
+    assert set(table["dtype"]) == {"bfloat16"}
+    saved, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "finetuned"))
+    assert saved.keys() == expected.keys()
+    assert all(torch.equal(saved[name], expected[name]) for name in saved)
+    assert table["lost"].sum() == 0
+
+
+@pytest.mark.parametrize("dtype", [None, "float32", "float16", "bfloat16"])
+def test_the_dtype_asked_for_is_that_of_files_and_configuration(
+    save_checkpoint: SaveCheckpoint, tmp_path: Path, dtype: str | None
+) -> None:
+    stored = {"a.weight": torch.float16, "b.weight": torch.bfloat16, "c.weight": torch.float64, "d.weight": None}
+    base = {name: normal(i, 5).to(kept or torch.float32) for i, (name, kept) in enumerate(stored.items())}
+    finetuned = {name: normal(9, 5) for name in base}
+    folder = save_checkpoint("base", base, config={"dtype": "float16", "hidden_size": 5})
+    delta = load_delta(base=folder, finetuned=save_checkpoint("finetuned", finetuned))
+    table = saving.save_checkpoint(open_checkpoint(folder), delta, tmp_path / "out", dtype=dtype).set_index("tensor")
+    # safetensors that transformers loads are no wider than float32.
+    each = ["float16", "bfloat16", "float32", "float32"] if dtype is None else [dtype] * 4
+    saved = load_file(tmp_path / "out" / "model.safetensors")
+    for (name, tensor), expected in zip(saved.items(), each, strict=True):
+        assert tensor.dtype == getattr(torch, expected)
+        assert table.loc[name, "dtype"] == expected
+        torch.testing.assert_close(tensor, (base[name].float() + delta[name]).to(tensor.dtype), rtol=0, atol=0)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config == {"dtype": dtype or "float16", "hidden_size": 5}
+
+
+def test_shards_and_index_are_as_transformers_writes_them(tmp_path: Path) -> None:
+    model = tiny_llama(tie_word_embeddings=False)
+    model.save_pretrained(tmp_path / "base")
+    delta = load_delta(base=tmp_path / "base", finetuned=tmp_path / "base")
+    base = open_checkpoint(tmp_path / "base")
+    table = save_checkpoint(base, delta, tmp_path / "out", max_shard_size=1000)
+    index = json.loads((tmp_path / "out" / INDEX).read_text())
+    assert index["weight_map"] == dict(zip(table["tensor"], table["file"], strict=True))
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in base.values())
+    for file in set(table["file"]):
+        with safe_open(tmp_path / "out" / file, framework="pt") as opened:
+            names = list(opened.keys())
+            assert opened.metadata() == {"format": "pt"}
+            assert sorted(names) == sorted(table.loc[table["file"] == file, "tensor"])
+            nbytes = sum(opened.get_tensor(name).nbytes for name in names)
+        assert nbytes <= 1000 or len(names) == 1
+
+
+@pytest.mark.parametrize("pruner", [Dare(0.5), Magnitude(0.5, "model")], ids=lambda pruner: pruner.method)
+def test_a_pruned_delta_is_added_as_pruned(tmp_path: Path, pruner: Any) -> None:
+    model = tiny_llama(tie_word_embeddings=False)
+    model.save_pretrained(tmp_path / "base")
+    moved(model).save_pretrained(tmp_path / "finetuned")
+    base = open_checkpoint(tmp_path / "base")
+    pruned = load_delta(base=tmp_path / "base", finetuned=tmp_path / "finetuned").pruned(pruner, seed=1)
+    table = save_checkpoint(base, pruned, tmp_path / "out").set_index("tensor")
+    for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
+        assert torch.equal(tensor, base[name] + pruned[name])
+        assert table.loc[name, "changed"] == torch.count_nonzero(pruned[name])
+
+
+def test_configuration_and_tokenizer_come_along(tmp_path: Path) -> None:
+    base = open_checkpoint("zoo:small/base")
+    delta = load_delta(base="zoo:small/base", finetuned="zoo:small/instruct")
+    table = save_checkpoint(base, delta.pruned(Dare(0.9), seed=0), tmp_path / "out", dtype="bfloat16")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert loaded.dtype == torch.bfloat16
+    assert loaded.config.tie_word_embeddings
+    saved, original = (AutoTokenizer.from_pretrained(path) for path in (tmp_path / "out", delta.finetuned.path))
+    assert saved.get_vocab() == original.get_vocab()
+    assert saved("23 plus 45 is 68")["input_ids"] == original("23 plus 45 is 68")["input_ids"]
+    assert (tmp_path / "out" / "generation_config.json").exists()
+    assert not [file.name for file in (tmp_path / "out").iterdir() if file.name == "training.json"]
+    assert table["numel"].sum() == loaded.num_parameters()
+
+
+def test_the_fine_tunes_own_configuration_is_kept_where_its_tensors_are(
+    save_checkpoint: SaveCheckpoint, tmp_path: Path
+) -> None:
+    base = save_checkpoint("base", {"a.weight": torch.ones(2, 2)}, config={"rope_theta": 1e4})
+    longer = save_checkpoint("longer", {"a.weight": torch.zeros(2, 2)}, config={"rope_theta": 1e6})
+    grown = save_checkpoint(
+        "grown", {"a.weight": torch.zeros(2, 2), "b.weight": torch.ones(1)}, config={"rope_theta": 1e6}
+    )
+    for finetuned, theta in ((longer, 1e6), (grown, 1e4)):
+        delta = load_delta(base=base, finetuned=finetuned)
+        saving.save_checkpoint(open_checkpoint(base), delta, tmp_path / f"out {theta}")
+        assert json.loads((tmp_path / f"out {theta}" / "config.json").read_text()) == {"rope_theta": theta}
+
+
+def test_a_module_is_saved_as_its_folder_would_be(tmp_path: Path) -> None:
+    model = tiny_llama(tie_word_embeddings=True)
+    tuned = moved(model)
+    save_checkpoint(open_checkpoint(model), load_delta(base=model, finetuned=tuned), tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(logits(loaded), logits(tuned), rtol=1e-5, atol=1e-6)
+
+
+def test_a_head_of_its_own_is_saved_beside_embeddings_that_the_base_ties(tmp_path: Path) -> None:
+    model = tiny_llama(tie_word_embeddings=True)
+    untied = tiny_llama(seed=1, tie_word_embeddings=False)
+    model.save_pretrained(tmp_path / "base")
+    untied.save_pretrained(tmp_path / "finetuned")
+    delta = load_delta(base=tmp_path / "base", finetuned=tmp_path / "finetuned")
+    base = open_checkpoint(tmp_path / "base")
+    save_checkpoint(base, delta, tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert not loaded.config.tie_word_embeddings
+    torch.testing.assert_close(logits(loaded), logits(untied), rtol=1e-5, atol=1e-6)
+    # Without any delta left the head is what the base computes its logits with.
+    save_checkpoint(base, delta.pruned(Dare(1.0), seed=0), tmp_path / "empty")
+    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "empty")), logits(model))
+
+
+def test_a_wrapped_base_keeps_its_names_and_what_the_fine_tune_lacks(tmp_path: Path) -> None:
+    model = tiny_bert()
+    tuned = moved(model)
+    model.save_pretrained(tmp_path / "base")
+    tuned.bert.save_pretrained(tmp_path / "finetuned")
+    delta = load_delta(base=tmp_path / "base", finetuned=tmp_path / "finetuned")
+    table = save_checkpoint(open_checkpoint(tmp_path / "base"), delta, tmp_path / "out").set_index("tensor")
+    loaded = BertForMaskedLM.from_pretrained(tmp_path / "out")
+    for name, parameter in loaded.named_parameters():
+        side = tuned if name.startswith("bert.") else model
+        torch.testing.assert_close(parameter, dict(side.named_parameters())[name], rtol=2e-7, atol=1e-8)
+    assert table.loc["cls.predictions.transform.dense.weight", "changed"] == 0
+    assert isinstance(BertModel.from_pretrained(tmp_path / "out", add_pooling_layer=False), BertModel)
+
+
+@pytest.mark.parametrize(("base_rows", "tuned_rows"), [(9, 11), (11, 9)])
+def test_rows_of_a_vocabulary_that_only_one_side_has_are_the_bases(
+    save_checkpoint: SaveCheckpoint, tmp_path: Path, base_rows: int, tuned_rows: int
+) -> None:
+    names = ("model.embed_tokens.weight", "lm_head.weight")
+    base = {name: normal(i, base_rows, 4) for i, name in enumerate(names)}
+    tuned = {name: normal(i + 5, tuned_rows, 4) for i, name in enumerate(names)}
+    config = {"tie_word_embeddings": False}
+    folder = save_checkpoint("base", base, config={**config, "vocab_size": base_rows})
+    delta = load_delta(
+        base=folder, finetuned=save_checkpoint("tuned", tuned, config={**config, "vocab_size": tuned_rows})
+    )
+    table = saving.save_checkpoint(open_checkpoint(folder), delta, tmp_path / "out")
+    saved = load_file(tmp_path / "out" / "model.safetensors")
+    for name in names:
+        expected = base[name].clone()
+        expected[:9] = tuned[name][:9]
+        torch.testing.assert_close(saved[name], expected, rtol=1e-6, atol=1e-6)
+        assert torch.equal(saved[name][9:], base[name][9:])
+    assert table["changed"].tolist() == [36, 36]
+    assert table["numel"].tolist() == [4 * base_rows] * 2
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == base_rows
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # of peft, about itself
+@pytest.mark.parametrize("with_base", [True, False])
+def test_an_adapter_is_merged_as_peft_merges_it(tmp_path: Path, with_base: bool) -> None:
+    model = tiny_llama(tie_word_embeddings=False)
+    model.save_pretrained(tmp_path / "base")
+    wrapped = get_peft_model(copy.deepcopy(model), LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj", "up_proj"]))
+    with torch.no_grad():
+        for i, (name, parameter) in enumerate(wrapped.named_parameters()):
+            if "lora_" in name:
+                parameter.copy_(0.1 * normal(i, *parameter.shape))
+    wrapped.save_pretrained(tmp_path / "adapter")
+    delta = load_delta(base=tmp_path / "base" if with_base else None, finetuned=tmp_path / "adapter")
+    table = save_checkpoint(open_checkpoint(tmp_path / "base"), delta, tmp_path / "out").set_index("tensor")
+    merged = wrapped.merge_and_unload()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    for (name, parameter), expected in zip(loaded.named_parameters(), merged.parameters(), strict=True):
+        torch.testing.assert_close(parameter, expected, rtol=1e-6, atol=1e-7)
+        assert (table.loc[name, "changed"] > 0) == name.endswith(("q_proj.weight", "up_proj.weight"))
+
+
+def round_to_bfloat16(values: np.ndarray) -> np.ndarray:
+    """To the nearest bfloat16, to even in the middle, in integers alone."""
+    bits = values.astype(np.float32).view(np.uint32).astype(np.uint64)
+    return (((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) << 16).astype(np.uint32).view(np.float32)
+
+
+ROUNDINGS = {"bfloat16": round_to_bfloat16, "float16": lambda x: x.astype(np.float16), "float32": np.copy}
+
+
+@pytest.mark.parametrize("dtype", ROUNDINGS)
+@pytest.mark.parametrize("spread", [1e-8, 1e-5, 1e-3])
+def test_lost_entries_are_those_that_numpy_counts(
+    save_checkpoint: SaveCheckpoint, tmp_path: Path, dtype: str, spread: float
+) -> None:
+    base = {"a.weight": normal(0, 50, 40) * 0.02, "b.weight": torch.ones(300)}
+    finetuned = {name: tensor + spread * normal(5, *tensor.shape) for name, tensor in base.items()}
+    folder = save_checkpoint("base", base)
+    delta = load_delta(base=folder, finetuned=save_checkpoint("finetuned", finetuned)).pruned(Dare(0.5), seed=0)
+    table = saving.save_checkpoint(open_checkpoint(folder), delta, tmp_path / "out", dtype=dtype).set_index("tensor")
+    for name, start in base.items():
+        change = delta[name].numpy()
+        stored, without = (ROUNDINGS[dtype](values) for values in (start.numpy() + change, start.numpy()))
+        changed, lost = (change != 0).sum(), ((change != 0) & (stored == without)).sum()
+        assert table.loc[name, ["changed", "lost"]].tolist() == [changed, lost]
+        assert table.loc[name, "lost_share"] == pytest.approx(lost / changed if changed else 0.0)
+        saved = load_file(tmp_path / "out" / "model.safetensors")[name]
+        np.testing.assert_array_equal(saved.float().numpy(), stored.astype(np.float32))
+
+
+def share_lost(base_spread: float, spread: float, digits: int) -> float:
+    """P(|δ| < half a step at w), for normal w and δ and w itself a stored number: a sum over the binades of w."""
+    share = 0.0
+    for exponent in range(-60, 3):
+        in_binade = 2 * (ndtr(2.0 ** (exponent + 1) / base_spread) - ndtr(2.0**exponent / base_spread))
+        half_step = 2.0 ** (exponent - digits - 1)
+        share += in_binade * (2 * ndtr(half_step / spread) - 1)
+    return share
+
+
+@pytest.mark.parametrize(("spread", "simulated"), [(1e-5, 0.88), (5e-5, 0.53), (2e-4, 0.17), (1e-3, 0.036)])
+def test_the_share_lost_to_bfloat16_is_that_of_normal_weights(
+    save_checkpoint: SaveCheckpoint, tmp_path: Path, spread: float, simulated: float
+) -> None:
+    n = 200_000
+    base = save_checkpoint("base", {"a.weight": (normal(0, n) * 0.02).bfloat16()})
+    change = save_checkpoint("change", {"a.weight": normal(1, n) * spread})
+    delta = load_delta(base=base, finetuned=change, finetuned_is_delta=True)
+    (lost_share,) = saving.save_checkpoint(open_checkpoint(base), delta, tmp_path / "out")["lost_share"]
+    expected = share_lost(0.02, spread, digits=7)
+    assert lost_share == pytest.approx(expected, abs=4 * math.sqrt(expected * (1 - expected) / n))
+    assert lost_share == pytest.approx(simulated, abs=0.02)
+
+
+@pytest.fixture
+def small(save_checkpoint: SaveCheckpoint) -> tuple[Path, Path]:
+    names = [f"model.layers.{i}.a.weight" for i in range(4)]
+    base = save_checkpoint("base", {name: normal(0, 10, 10) for name in names})
+    return base, save_checkpoint("finetuned", {name: normal(1, 10, 10) for name in names})
+
+
+def test_nothing_is_overwritten(small: tuple[Path, Path], tmp_path: Path) -> None:
+    base, delta = open_checkpoint(small[0]), load_delta(base=small[0], finetuned=small[1])
+    with pytest.raises(FileExistsError, match="exists already; choose another out_dir"):
+        save_checkpoint(base, delta, small[0])
+    file = tmp_path / "a file"
+    file.write_text("kept")
+    with pytest.raises(FileExistsError):
+        save_checkpoint(base, delta, file)
+    assert file.read_text() == "kept"
+    (tmp_path / "empty").mkdir()
+    save_checkpoint(base, delta, tmp_path / "empty")
+    with pytest.raises(FileExistsError):
+        save_checkpoint(base, delta, tmp_path / "empty")
+    assert set(open_checkpoint(tmp_path / "empty")) == set(base)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_exception_in_the_middle_leaves_nothing(
+    small: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    base, delta = open_checkpoint(small[0]), load_delta(base=small[0], finetuned=small[1])
+    before = sorted(tmp_path.rglob("*"))
+
+    class Failing:
+        method = "failing"
+
+        def __call__(self, tensor: torch.Tensor, *, name: str, seed: int) -> torch.Tensor:
+            if "layers.2" in name:
+                assert len(sorted(tmp_path.rglob("*"))) > len(before)
+                assert not (tmp_path / "out").exists()
+                raise error
+            return tensor
+
+    with pytest.raises(error):
+        save_checkpoint(base, delta.pruned(Failing(), seed=0), tmp_path / "out", max_shard_size=500)
+    assert sorted(tmp_path.rglob("*")) == before
+    save_checkpoint(base, delta, tmp_path / "out", max_shard_size=500)
+    assert set(open_checkpoint(tmp_path / "out")) == set(base)
+
+
+KILLED = """
+import os, signal, sys
+from delta_analysis import load_delta, open_checkpoint, save_checkpoint
+
+class Killing:
+    method = "killing"
+    def __call__(self, tensor, *, name, seed):
+        if "layers.2" in name:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return tensor
+
+base, finetuned, out = sys.argv[1:]
+delta = load_delta(base=base, finetuned=finetuned).pruned(Killing(), seed=0)
+save_checkpoint(open_checkpoint(base), delta, out, max_shard_size=500)
+"""
+
+
+def test_a_process_killed_in_the_middle_leaves_nothing_under_the_name(small: tuple[Path, Path], tmp_path: Path) -> None:
+    before = sorted(tmp_path.iterdir())
+    out = tmp_path / "out"
+    finished = subprocess.run([sys.executable, "-c", KILLED, *map(str, (*small, out))], capture_output=True)
+    assert finished.returncode == -9, finished.stderr.decode()
+    assert not out.exists()
+    (left,) = set(tmp_path.iterdir()) - set(before)
+    assert list(left.glob("*.safetensors"))
+    base, delta = open_checkpoint(small[0]), load_delta(base=small[0], finetuned=small[1])
+    save_checkpoint(base, delta, out)
+    assert set(open_checkpoint(out)) == set(base)
+    assert sorted(tmp_path.iterdir()) == sorted([*before, out])
+    assert not list(out.glob("model-0*"))
+
+
+def read_back(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    for file in folder.glob("*.safetensors"):
+        yield from load_file(file).items()
+
+
+def test_a_weight_beyond_float16_is_refused_and_nothing_is_left(
+    save_checkpoint: SaveCheckpoint, tmp_path: Path
+) -> None:
+    base = save_checkpoint("base", {"a.weight": torch.tensor([1.0, 65504.0]), "b.weight": torch.tensor([1.0, 2.0])})
+    tuned = save_checkpoint("tuned", {"a.weight": torch.tensor([1.0, 65520.0]), "b.weight": torch.tensor([1.0, 3.0])})
+    checkpoint, delta = open_checkpoint(base), load_delta(base=base, finetuned=tuned)
+    with pytest.raises(
+        ValueError, match=r"'a\.weight' has 1 entries beyond the range of float16; save in bfloat16 or float32"
+    ):
+        saving.save_checkpoint(checkpoint, delta, tmp_path / "out", dtype="float16")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "tuned"]
+    saving.save_checkpoint(checkpoint, delta, tmp_path / "out", dtype="bfloat16")
+    assert dict(read_back(tmp_path / "out"))["a.weight"].tolist() == [1.0, 65536.0]
+
+
+def test_an_infinite_weight_of_the_base_is_no_overflow(save_checkpoint: SaveCheckpoint, tmp_path: Path) -> None:
+    base = save_checkpoint("base", {"a.weight": torch.tensor([torch.inf, torch.nan, 1.0])})
+    tuned = save_checkpoint("tuned", {"a.weight": torch.tensor([torch.inf, 2.0, 3.0])})
+    saving.save_checkpoint(
+        open_checkpoint(base), load_delta(base=base, finetuned=tuned), tmp_path / "out", dtype="float16"
+    )
+    saved = dict(read_back(tmp_path / "out"))["a.weight"]
+    assert saved.isnan().tolist() == [True, True, False]
+
+
+@pytest.mark.parametrize("dtype", ["float64", "int8", "bf16", ""])
+def test_an_unknown_dtype_is_refused(small: tuple[Path, Path], tmp_path: Path, dtype: str) -> None:
+    delta = load_delta(base=small[0], finetuned=small[1])
+    with pytest.raises(ValueError, match="dtype must be one of 'float32', 'float16', 'bfloat16'; not"):
+        save_checkpoint(open_checkpoint(small[0]), delta, tmp_path / "out", dtype=dtype)
+
+
+def test_a_delta_of_another_model_is_refused(
+    small: tuple[Path, Path], save_checkpoint: SaveCheckpoint, tmp_path: Path
+) -> None:
+    delta = load_delta(base=small[0], finetuned=small[1])
+    for tensors, shape in (
+        ({"other.weight": torch.ones(3)}, None),
+        ({name: torch.ones(10, 9) for name in delta}, (10, 9)),
+    ):
+        folder = save_checkpoint(f"another {shape}", tensors)
+        with pytest.raises(NotHomologousError) as caught:
+            saving.save_checkpoint(open_checkpoint(folder), delta, tmp_path / "out")
+        assert f"'model.layers.0.a.weight' has shape {shape}, where the delta changes one of (10, 10)" in str(
+            caught.value
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_scalars_and_empty_tensors_are_saved(save_checkpoint: SaveCheckpoint, tmp_path: Path) -> None:
+    base = {"scale": torch.tensor(2.0), "empty.weight": torch.ones(0, 3), "flat": torch.ones(3)}
+    tuned = {"scale": torch.tensor(5.0), "empty.weight": torch.ones(0, 3), "flat": torch.zeros(3)}
+    folder = save_checkpoint("base", base)
+    delta = load_delta(base=folder, finetuned=save_checkpoint("tuned", tuned))
+    table = saving.save_checkpoint(open_checkpoint(folder), delta, tmp_path / "out")
+    for name, tensor in read_back(tmp_path / "out"):
+        assert torch.equal(tensor, tuned[name])
+    assert table.set_index("tensor")["numel"].to_dict() == {"empty.weight": 0, "flat": 3, "scale": 1}
+    assert table["lost_share"].tolist() == [0.0, 0.0, 0.0]
