@@ -40,6 +40,6 @@ refresh: install
 	@$(BIN)/python -m delta_analysis.refresh
 
 bench: install
-	@echo "== bench: mergekit and peft, to measure beside"
+	@echo "== bench: mergekit, mergelens and peft, to measure beside"
 	@$(PIP) install --quiet --progress-bar off --constraint constraints.txt --editable ".[bench]"
 	@$(BIN)/python -m benchmarks.run

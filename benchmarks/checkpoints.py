@@ -49,7 +49,7 @@ class Shape(NamedTuple):
 LLAMA_1B = Shape(layers=22, hidden=2048, intermediate=5632, keys=256)
 LLAMA_7B = Shape(layers=32, hidden=4096, intermediate=11008, keys=4096)
 LLAMA_70B = Shape(layers=80, hidden=8192, intermediate=28672, keys=1024)
-QUICK = Shape(layers=2, hidden=256, intermediate=704, keys=64)
+SMALL_PAIR = Shape(layers=2, hidden=256, intermediate=704, keys=64)
 
 
 def make_pair(folder: Path, shape: Shape) -> tuple[Path, Path]:

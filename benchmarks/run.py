@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import tables
+from benchmarks import reading, tables
+from benchmarks.checkpoints import LLAMA_1B, SMALL_PAIR
 from benchmarks.device import device_times
 from benchmarks.memory import Shares, memory_shares
 from benchmarks.ours import OPERATORS, STATISTICS
@@ -35,14 +36,14 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="sizes up to 10⁶, in a minute or two; no file is written")
     quick = parser.parse_args().quick
     shapes = SHAPES[:3] if quick else SHAPES
-    text = measure(shapes, shapes[-1] if quick else MAIN, budget=0.1 if quick else 0.5)
+    text = measure(shapes, shapes[-1] if quick else MAIN, budget=0.1 if quick else 0.5, quick=quick)
     print(text)
     if not quick:
         head = README.read_text(encoding="utf-8").split(MARK)[0]
         README.write_text(f"{head}{MARK}\n\n{text}\n", encoding="utf-8")
 
 
-def measure(shapes: tuple[tuple[int, int], ...], main_shape: tuple[int, int], budget: float) -> str:
+def measure(shapes: tuple[tuple[int, int], ...], main_shape: tuple[int, int], budget: float, *, quick: bool) -> str:
     """All tables as markdown."""
     say("memory")
     shares = memory_shares((*OPERATORS, *PEERS), DTYPES, main_shape)
@@ -54,8 +55,11 @@ def measure(shapes: tuple[tuple[int, int], ...], main_shape: tuple[int, int], bu
     races = {setting: run(setting, 4 * budget if setting.shape == main_shape else budget) for setting in settings}
     say("stages")
     stages = {dtype: stage_times(main_shape, dtype, budget) for dtype in DTYPES}
+    say("value ranges of a pair of checkpoints")
+    pair = reading.report(SMALL_PAIR if quick else LLAMA_1B, SMALL_PAIR)
     parts = [
         machine(),
+        *pair,
         *speed(races, shapes, main_shape, shares),
         "## Where the time goes",
         f"{tables.size_name(main_shape)}, one thread, ns an entry; a stage writes into memory that is ready.",
@@ -98,7 +102,9 @@ def speed(
 
 
 def machine() -> str:
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "numpy", "numba", "peft", "mergekit"))
+    packages = ", ".join(
+        f"{name} {version(name)}" for name in ("torch", "numpy", "numba", "peft", "mergekit", "mergelens")
+    )
     return f"Measured on {processor()}, {os.cpu_count()} cores, Python {platform.python_version()}, {packages}."
 
 

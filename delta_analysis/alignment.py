@@ -53,9 +53,10 @@ def align(base: Checkpoint | None, finetuned: Checkpoint, vocab: Vocabulary) -> 
         raise ValueError(one_of("vocab", vocab, VOCABULARIES))
     partners = {} if base is None else _partners(base, finetuned)
     matches = [_match(name, partners.get(name), base, finetuned, vocab) for name in finetuned]
+    taken = set(partners.values())
     if base is not None:
-        matches += [_only_in_base(name, base, finetuned) for name in base if name not in partners.values()]
-    known = {match.tensor for match in matches} | set(partners.values())
+        matches += [_only_in_base(name, base, finetuned) for name in base if name not in taken]
+    known = {match.tensor for match in matches} | taken
     for side in (finetuned, base):
         for name, reason in side.skipped.items() if side is not None else ():
             if name not in known:

@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 
 from delta_analysis._errors import CheckpointError
 from delta_analysis.adapter import adapter_entries, is_adapter
+from delta_analysis.configuration import text_settings
 from delta_analysis.entry import Entry, Held, Stored
 from delta_analysis.folder import read_config, read_folder
 from delta_analysis.formats import not_floating
@@ -71,7 +72,7 @@ class Checkpoint(Mapping[str, torch.Tensor]):
     @property
     def ties_head(self) -> bool:
         """Whether the configuration makes the output head the embeddings; so does one that is silent."""
-        text: dict[str, Any] = {**self.config, **self.config.get("text_config", {})}
+        text = text_settings(self.config)
         return bool(text.get("tie_word_embeddings", bool(text)))
 
 

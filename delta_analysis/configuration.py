@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from typing import Any
 
 import pandas as pd
@@ -30,7 +31,7 @@ def config_differences(base: Config, finetuned: Config) -> pd.DataFrame:
     --------
     >>> llama, code = {"rope_theta": 10000.0, "vocab_size": 32000}, {"rope_theta": 1000000, "vocab_size": 32000}
     >>> config_differences(llama, code).to_dict("records")
-    [{'setting': 'rope theta', 'base': '10000', 'finetuned': '1e+06'}]
+    [{'setting': 'rope theta', 'base': '10000', 'finetuned': '1000000'}]
     """
     rows = []
     if base and finetuned:
@@ -42,15 +43,21 @@ def config_differences(base: Config, finetuned: Config) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["setting", "base", "finetuned"])
 
 
+def text_settings(config: Config) -> dict[str, Any]:
+    """The settings of the language model, which a model of text and images keeps one level down."""
+    inner = config.get("text_config")
+    return {**config, **(inner if isinstance(inner, dict) else {})}
+
+
 def _with_defaults(config: Config) -> Config:
-    # A model of text and images keeps the language model's settings one level down.
-    stated = {**config, **config.get("text_config", {})}
+    stated = text_settings(config)
     kind = stated.get("model_type")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         return stated
     try:
-        return CONFIG_MAPPING[kind].from_dict(stated).to_dict()
-    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError):
+        # A copy, since transformers writes into the dicts that it is given.
+        return CONFIG_MAPPING[kind].from_dict(deepcopy(stated)).to_dict()
+    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         # Settings that this version of transformers refuses are still compared as they are stated.
         return stated
 
@@ -59,25 +66,36 @@ def _first_of(*keys: str) -> Callable[[Config], object]:
     return lambda config: next((config[key] for key in keys if config.get(key) is not None), UNSTATED)
 
 
-def _rope(config: Config) -> dict[str, Any]:
-    """All about rotary positions in one dict: `rope_parameters`, or what older files state in its place."""
-    if config.get("rope_parameters"):
-        return config["rope_parameters"]
-    scaling = {
-        "rope_type" if key == "type" else key: value for key, value in (config.get("rope_scaling") or {}).items()
-    }
-    return {**scaling, **({"rope_theta": config["rope_theta"]} if "rope_theta" in config else {})}
+def _rope(config: Config) -> dict[str, dict[str, Any]]:
+    """All about rotary positions by kind of layer; one kind, without a name, where all layers have the same."""
+    stated = config.get("rope_parameters") or config.get("rope_scaling")
+    rope = stated if isinstance(stated, dict) else {}
+    by_kind = {kind: each for kind, each in rope.items() if isinstance(each, dict)}
+    if by_kind:
+        return by_kind
+    # Older files call the type so, and state theta beside the scaling.
+    renamed = {"rope_type" if key == "type" else key: value for key, value in rope.items()}
+    return {"": {**({"rope_theta": config["rope_theta"]} if "rope_theta" in config else {}), **renamed}}
+
+
+def _rope_theta(config: Config) -> object:
+    return {kind: rope.get("rope_theta", UNSTATED) for kind, rope in _rope(config).items()}
 
 
 def _rope_scaling(config: Config) -> object:
-    scaling = {key: value for key, value in _rope(config).items() if key not in ("rope_theta", "type")}
+    return {kind: _scaling(rope) for kind, rope in _rope(config).items()}
+
+
+def _scaling(rope: dict[str, Any]) -> object:
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
     return scaling if scaling.get("rope_type", "default") != "default" else "none"
 
 
 def _text(value: object) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{key} {_text(each)}" for key, each in sorted(value.items()))
-    return f"{value:g}" if isinstance(value, float | int) and not isinstance(value, bool) else str(value)
+        return ", ".join(f"{key} {_text(each)}".strip() for key, each in sorted(value.items()))
+    # As text 10000.0 is 10000.
+    return f"{value:.15g}" if isinstance(value, float) else str(value)
 
 
 SETTINGS: dict[str, Callable[[Config], object]] = {
@@ -86,7 +104,7 @@ SETTINGS: dict[str, Callable[[Config], object]] = {
     "tied embeddings": _first_of("tie_word_embeddings"),
     "activation": _first_of("hidden_act", "activation_function", "hidden_activation"),
     "norm epsilon": _first_of("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps"),
-    "rope theta": lambda config: _rope(config).get("rope_theta", UNSTATED),
+    "rope theta": _rope_theta,
     "rope scaling": _rope_scaling,
     "attention heads": _first_of("num_attention_heads", "n_head"),
     "key-value heads": _first_of("num_key_value_heads"),

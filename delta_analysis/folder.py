@@ -15,6 +15,8 @@ LAYOUTS = (
     ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model*.bin"),
 )
 """Single file, index, and shards without an index; the first layout that is there is read."""
+MOST_JSON = 2**25
+"""Bytes that are believed to be an honest index or configuration; the index of 10^5 tensors has some 2^23."""
 
 
 def read_folder(path: Path) -> dict[str, Entry]:
@@ -96,6 +98,9 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file."""
+    # A pipe would wait for ever, and a device may have no end.
+    if not file.is_file() or file.stat().st_size > MOST_JSON:
+        raise CheckpointError(f"{file}: expected a file of JSON of at most {MOST_JSON} bytes; fetch it again")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as error:

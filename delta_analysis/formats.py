@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 import zipfile
 from pathlib import Path
@@ -28,6 +29,8 @@ SAFETENSORS_DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+MOST_DIMENSIONS = 64
+"""Of a tensor that torch computes with."""
 ZIP = b"PK\x03\x04"
 MOST_PICKLED = 2**25
 """Bytes that are believed to be an honest pickle of names and shapes; a tensor takes some 200."""
@@ -44,7 +47,15 @@ def read_header(file: Path) -> dict[str, Entry]:
     CheckpointError
         A file that is damaged, or a pickle of anything but tensors.
     """
-    return _torch_header(file) if file.suffix == ".bin" else _safetensors_header(file)
+    entries = _torch_header(file) if file.suffix == ".bin" else _safetensors_header(file)
+    for name, entry in entries.items():
+        # A tensor without entries may claim any lengths, and torch multiplies those that are not 0.
+        if len(entry.shape) > MOST_DIMENSIONS or math.prod(length or 1 for length in entry.shape) >= 2**63:
+            raise CheckpointError(
+                f"{file}: tensor {name!r} has {len(entry.shape)} dimensions of up to {max(entry.shape)} entries; "
+                f"expected at most {MOST_DIMENSIONS}, and fewer than 2^63 entries: fetch it again"
+            )
+    return entries
 
 
 def _safetensors_header(file: Path) -> dict[str, Entry]:

@@ -7,6 +7,7 @@ import importlib
 import importlib.metadata
 import json
 import platform
+import re
 from collections.abc import Iterable
 from io import BytesIO
 from pathlib import Path
@@ -138,8 +139,13 @@ def write_results(
 
 
 def file_hashes(source: str) -> dict[str, str]:
-    """SHA-256 of each weight file of a checkpoint."""
-    return {path.name: sha256(path) for path in open_checkpoint(source).files()}
+    """SHA-256 of each weight file of a checkpoint; of one from the hub, the hash that its cache files it under."""
+    return {path.name: _cached_hash(path) or sha256(path) for path in open_checkpoint(source).files()}
+
+
+def _cached_hash(path: Path) -> str:
+    filed = path.resolve().name if path.is_symlink() else ""
+    return filed if re.fullmatch(r"[0-9a-f]{64}", filed) else ""
 
 
 def _replace(path: Path, write: Any) -> None:

@@ -91,7 +91,7 @@ class EditableModel:
                 pruned = prune(tensor, name=name, seed=seed)
                 nonzero += int(torch.count_nonzero(tensor))
                 left += int(torch.count_nonzero(pruned))
-                yield name, self.base[name] + pruned
+                yield name, self._with_other_rows(name, self.base[name] + pruned)
 
         with patched(self.model, edited()) as model:
             outcomes = self.pair.evaluation(model, self.tokenizer)
@@ -113,6 +113,14 @@ class EditableModel:
             "outcomes": outcomes.tolist(),
             **options(pruner),
         }
+
+    def _with_other_rows(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """The weight of all tokens, where the delta has only those that both vocabularies share."""
+        whole = self.model.get_parameter(name)
+        rows = weight.shape[0] if weight.dim() else 0
+        if weight.shape == whole.shape or weight.shape[1:] != whole.shape[1:] or rows > whole.shape[0]:
+            return weight
+        return torch.cat([weight, whole[rows:].detach().to(weight)])
 
 
 def options(pruner: Pruner) -> dict[str, object]:

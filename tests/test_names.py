@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     BertConfig,
     GPT2Config,
     GPTNeoXConfig,
@@ -18,7 +19,16 @@ from transformers import (
     Qwen2Config,
 )
 
-from delta_analysis.names import NO_LAYER, Kind, parse_name, reading_order
+from delta_analysis.names import (
+    NO_LAYER,
+    WRAPPERS,
+    Kind,
+    bare_name,
+    input_embedding,
+    output_head,
+    parse_name,
+    reading_order,
+)
 
 SIZES = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 3, "num_attention_heads": 2, "vocab_size": 11}
 PART = st.from_regex(r"[a-z][a-z_]{0,8}", fullmatch=True)
@@ -132,3 +142,51 @@ def test_reading_order_is_by_layer_number_then_by_name() -> None:
         "l.2.b.weight",
         "l.10.a.weight",
     ]
+
+
+@pytest.mark.parametrize(
+    ("config", "model_class"),
+    [
+        (LlamaConfig(**SIZES), AutoModelForCausalLM),
+        (Qwen2Config(**SIZES, num_key_value_heads=2), AutoModelForCausalLM),
+        (GPT2Config(n_embd=8, n_layer=3, n_head=2, vocab_size=11), AutoModelForCausalLM),
+        (GPTNeoXConfig(**SIZES), AutoModelForCausalLM),
+        (OPTConfig(hidden_size=8, ffn_dim=12, num_hidden_layers=3, num_attention_heads=2), AutoModelForCausalLM),
+        (BertConfig(**SIZES), AutoModelForMaskedLM),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, PretrainedConfig) else "",
+)
+def test_embeddings_and_head_are_those_of_transformers(config: PretrainedConfig, model_class: type) -> None:
+    with torch.device("meta"):
+        model = model_class.from_config(config)
+    names = {module: f"{path}.weight" for path, module in model.named_modules()}
+    stored = list(model.state_dict())
+    assert input_embedding(stored) == names[model.get_input_embeddings()]
+    assert output_head(stored) == names[model.get_output_embeddings()]
+    assert bare_name(names[model.get_input_embeddings()]) == next(
+        name for name in model.base_model.state_dict() if name == input_embedding(model.base_model.state_dict())
+    )
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [],
+        ["model.layers.0.mlp.up_proj.weight"],
+        ["not_embed_tokens.weight", "my_lm_head.weight"],  # another module, whose name ends alike
+        ["embed_tokens.bias", "lm_head.bias"],
+        ["embeddings.position_embeddings.weight", "score.weight", "classifier.weight"],
+    ],
+    ids=str,
+)
+def test_models_without_embeddings_and_head(names: list[str]) -> None:
+    assert input_embedding(names) is None
+    assert output_head(names) is None
+
+
+@settings(deadline=None)
+@given(wrappers=st.lists(st.sampled_from(WRAPPERS), max_size=4), name=st.lists(PART, min_size=1, max_size=3))
+def test_any_number_of_wrappers_is_taken_off(wrappers: list[str], name: list[str]) -> None:
+    inside = bare_name(".".join([*name, "weight"]))
+    assert bare_name("".join(wrappers) + inside) == inside
+    assert not inside.startswith(tuple(WRAPPERS))

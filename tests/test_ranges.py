@@ -1,17 +1,29 @@
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.stats
 import torch
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+)
 
 from delta_analysis.delta import Delta, load_delta
 from delta_analysis.names import parse_name
 from delta_analysis.pruning import Dare
 from delta_analysis.ranges import GROUPS, Grouping, magnitude_histogram, value_ranges
 from delta_analysis.streaming import tally_delta
+from delta_analysis.tally import DECILES, MAGNITUDE_QUANTILES, THRESHOLDS
 from delta_analysis.tally import tally_tensor as tally
 from tests.conftest import SaveCheckpoint
 from tests.test_tally import assert_rows_agree, by_hand, float32, sparse
@@ -245,3 +257,127 @@ def test_the_histogram_is_written_to_parquet(mixed: Delta, tmp_path: Path) -> No
     histogram = magnitude_histogram(mixed)
     histogram.to_parquet(tmp_path / "histogram.parquet")
     pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "histogram.parquet"), histogram)
+
+
+LLAMA = LlamaConfig(
+    vocab_size=300,
+    hidden_size=64,
+    intermediate_size=160,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
+BERT = BertConfig(
+    vocab_size=300,
+    hidden_size=64,
+    intermediate_size=160,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    max_position_embeddings=80,
+)
+MIXTRAL = MixtralConfig(
+    vocab_size=300,
+    hidden_size=48,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    num_local_experts=4,
+)
+ARCHITECTURES = {
+    "llama": (lambda: LlamaForCausalLM(LLAMA), scipy.stats.norm(scale=0.001)),
+    "bert": (lambda: BertForMaskedLM(BERT), scipy.stats.laplace(scale=0.002)),
+    "mixtral": (lambda: MixtralForCausalLM(MIXTRAL), scipy.stats.t(5, scale=0.004)),
+}
+
+
+Known = tuple[PreTrainedModel, Delta, scipy.stats.rv_continuous]
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def known(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Known:
+    """A model of random weights, the same with a random delta of this distribution, and the distribution."""
+    build, distribution = ARCHITECTURES[request.param]
+    folder = tmp_path_factory.mktemp(request.param)
+    rng = np.random.default_rng(0)
+    torch.manual_seed(0)
+    model = build()
+    model.save_pretrained(folder / "base", max_shard_size="100KB")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += float32(distribution.rvs(size=tuple(parameter.shape), random_state=rng))
+    model.save_pretrained(folder / "finetuned", max_shard_size="170KB")
+    return model, load_delta(base=folder / "base", finetuned=folder / "finetuned"), distribution
+
+
+def test_every_tensor_that_transformers_saves_is_compared(known: Known) -> None:
+    model, delta, _ = known
+    coverage = delta.coverage()
+    assert set(coverage["status"]) == {"compared"}
+    assert coverage["numel_compared"].sum() == coverage["numel"].sum() == model.num_parameters()
+    assert delta.base is not None
+    assert 3 < len(delta.finetuned.files()) < len(delta.base.files())
+    assert value_ranges(delta, by="model")["numel"].item() == model.num_parameters()
+
+
+@pytest.mark.parametrize("by", ["model", "module", "place", "layer", "kind"])
+def test_ranges_are_those_of_the_distribution_that_was_put_in(known: Known, by: Grouping) -> None:
+    _, delta, x = known
+    table = value_ranges(delta, by=by)
+    large = table[table["numel"] >= 2000]
+    assert len(large)
+    for row in large.to_dict("records"):
+        # What five standard errors of a sample of n leave open.
+        n = row["numel"]
+        scale, kurtosis = x.std(), float(x.stats("k")) + 3
+        assert abs(row["mean"]) < 5 * scale / math.sqrt(n)
+        for column in ("std", "rms"):
+            assert abs(row[column] / scale - 1) < 5 * math.sqrt((kurtosis - 1) / (4 * n))
+        signed = {f"p{decile}": (decile / 100, x.ppf(decile / 100), x.pdf) for decile in DECILES}
+        magnitudes = {
+            column: (q, x.ppf((1 + q) / 2), lambda size: 2 * x.pdf(size))
+            for column, q in MAGNITUDE_QUANTILES.items()
+            if n * (1 - q) > 20
+        }
+        for column, (q, quantile, density) in {**signed, **magnitudes}.items():
+            slack = 5 * math.sqrt(q * (1 - q) / n) / density(quantile) + 0.004 * abs(quantile)
+            assert abs(row[column] - quantile) < slack, column
+        for threshold in THRESHOLDS:
+            share = 2 * x.cdf(threshold) - 1
+            assert abs(row[f"share_below_{threshold}"] - share) < 5 * math.sqrt(share * (1 - share) / n) + 1 / n
+        # The largest of n has a uniform P(|δ| below it)^n.
+        assert 1e-5 < (2 * x.cdf(row["abs_max"]) - 1) ** n < 1 - 1e-5
+        assert row["nonfinite"] == 0
+        assert row["zero_share"] < 1e-3
+
+
+def test_the_histogram_is_that_of_the_distribution_that_was_put_in(known: Known) -> None:
+    model, delta, x = known
+    histogram = magnitude_histogram(delta, bins_per_decade=4)
+    n = model.num_parameters()
+    for row in histogram.to_dict("records"):
+        share = 2 * (x.cdf(row["high"]) - x.cdf(row["low"]))
+        # Entries within half a bucket of an edge may stand on its other side.
+        edges = sum(2 * x.pdf(edge) * edge * 0.004 for edge in (row["low"], row["high"]))
+        assert abs(row["share"] - share) < 5 * math.sqrt(share / n) + edges + 5 / n
+
+
+def test_relative_size_is_that_of_the_delta_over_that_of_the_initial_weights(known: Known) -> None:
+    _, delta, x = known
+    linear = value_ranges(delta, by="kind").set_index("kind").loc["linear"]
+    # transformers draws matrices from a normal distribution of this spread.
+    assert linear["relative_rms"] == pytest.approx(x.std() / 0.02, rel=0.02)
+
+
+def test_experts_of_a_layer_are_one_place(known: Known) -> None:
+    model, delta, _ = known
+    places = value_ranges(delta, by="place")
+    experts = places[places["module"].str.contains("experts", regex=False)]
+    if not isinstance(model, MixtralForCausalLM):
+        assert experts.empty
+        return
+    assert len(experts) == MIXTRAL.num_hidden_layers * experts["module"].nunique()
+    assert experts["layer"].value_counts().to_dict() == {0: 3, 1: 3}
+    assert set(experts["tensors"]) == {MIXTRAL.num_local_experts}
+    numel = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    assert experts["numel"].sum() == numel

@@ -7,7 +7,6 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,6 @@ from delta_analysis._errors import NotHomologousError
 from delta_analysis.checkpoint import open_checkpoint
 from delta_analysis.delta import load_delta
 from delta_analysis.pruning import Dare, Magnitude
-from delta_analysis.saving import save_checkpoint
 from tests.conftest import SaveCheckpoint
 from tests.test_checkpoint import tiny_llama
 from tests.test_delta import normal
@@ -85,7 +83,7 @@ def test_what_is_saved_is_loaded_as_the_fine_tuned_model(tmp_path: Path, kind: s
     tuned.save_pretrained(tmp_path / "finetuned", max_shard_size="2KB")
     delta = load_delta(base=tmp_path / "base", finetuned=tmp_path / "finetuned")
     out = tmp_path / "new" / "out"
-    table = save_checkpoint(open_checkpoint(tmp_path / "base"), delta, out, max_shard_size=max_shard_size)
+    table = saving.save_checkpoint(open_checkpoint(tmp_path / "base"), delta, out, max_shard_size=max_shard_size)
     loaded, info = type(model).from_pretrained(out, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     for (name, parameter), expected in zip(loaded.named_parameters(), tuned.parameters(), strict=True):
@@ -102,7 +100,7 @@ def test_a_bfloat16_pair_is_saved_to_the_last_bit(tmp_path: Path) -> None:
     model.bfloat16().save_pretrained(tmp_path / "base")
     moved(model).bfloat16().save_pretrained(tmp_path / "finetuned")
     delta = load_delta(base=tmp_path / "base", finetuned=tmp_path / "finetuned")
-    table = save_checkpoint(open_checkpoint(tmp_path / "base"), delta, tmp_path / "out")
+    table = saving.save_checkpoint(open_checkpoint(tmp_path / "base"), delta, tmp_path / "out")
     assert set(table["dtype"]) == {"bfloat16"}
     saved, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "finetuned"))
     assert saved.keys() == expected.keys()
@@ -136,7 +134,7 @@ def test_shards_and_index_are_as_transformers_writes_them(tmp_path: Path) -> Non
     model.save_pretrained(tmp_path / "base")
     delta = load_delta(base=tmp_path / "base", finetuned=tmp_path / "base")
     base = open_checkpoint(tmp_path / "base")
-    table = save_checkpoint(base, delta, tmp_path / "out", max_shard_size=1000)
+    table = saving.save_checkpoint(base, delta, tmp_path / "out", max_shard_size=1000)
     index = json.loads((tmp_path / "out" / INDEX).read_text())
     assert index["weight_map"] == dict(zip(table["tensor"], table["file"], strict=True))
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in base.values())
@@ -156,7 +154,7 @@ def test_a_pruned_delta_is_added_as_pruned(tmp_path: Path, pruner: Any) -> None:
     moved(model).save_pretrained(tmp_path / "finetuned")
     base = open_checkpoint(tmp_path / "base")
     pruned = load_delta(base=tmp_path / "base", finetuned=tmp_path / "finetuned").pruned(pruner, seed=1)
-    table = save_checkpoint(base, pruned, tmp_path / "out").set_index("tensor")
+    table = saving.save_checkpoint(base, pruned, tmp_path / "out").set_index("tensor")
     for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
         assert torch.equal(tensor, base[name] + pruned[name])
         assert table.loc[name, "changed"] == torch.count_nonzero(pruned[name])
@@ -165,7 +163,7 @@ def test_a_pruned_delta_is_added_as_pruned(tmp_path: Path, pruner: Any) -> None:
 def test_configuration_and_tokenizer_come_along(tmp_path: Path) -> None:
     base = open_checkpoint("zoo:small/base")
     delta = load_delta(base="zoo:small/base", finetuned="zoo:small/instruct")
-    table = save_checkpoint(base, delta.pruned(Dare(0.9), seed=0), tmp_path / "out", dtype="bfloat16")
+    table = saving.save_checkpoint(base, delta.pruned(Dare(0.9), seed=0), tmp_path / "out", dtype="bfloat16")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert loaded.dtype == torch.bfloat16
     assert loaded.config.tie_word_embeddings
@@ -181,9 +179,9 @@ def test_the_fine_tunes_own_configuration_is_kept_where_its_tensors_are(
     save_checkpoint: SaveCheckpoint, tmp_path: Path
 ) -> None:
     base = save_checkpoint("base", {"a.weight": torch.ones(2, 2)}, config={"rope_theta": 1e4})
-    longer = save_checkpoint("longer", {"a.weight": torch.zeros(2, 2)}, config={"rope_theta": 1e6})
+    longer = save_checkpoint("longer", {"a.weight": torch.full((2, 2), 0.5)}, config={"rope_theta": 1e6})
     grown = save_checkpoint(
-        "grown", {"a.weight": torch.zeros(2, 2), "b.weight": torch.ones(1)}, config={"rope_theta": 1e6}
+        "grown", {"a.weight": torch.full((2, 2), 0.5), "b.weight": torch.ones(1)}, config={"rope_theta": 1e6}
     )
     for finetuned, theta in ((longer, 1e6), (grown, 1e4)):
         delta = load_delta(base=base, finetuned=finetuned)
@@ -194,7 +192,7 @@ def test_the_fine_tunes_own_configuration_is_kept_where_its_tensors_are(
 def test_a_module_is_saved_as_its_folder_would_be(tmp_path: Path) -> None:
     model = tiny_llama(tie_word_embeddings=True)
     tuned = moved(model)
-    save_checkpoint(open_checkpoint(model), load_delta(base=model, finetuned=tuned), tmp_path / "out")
+    saving.save_checkpoint(open_checkpoint(model), load_delta(base=model, finetuned=tuned), tmp_path / "out")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     torch.testing.assert_close(logits(loaded), logits(tuned), rtol=1e-5, atol=1e-6)
 
@@ -206,12 +204,12 @@ def test_a_head_of_its_own_is_saved_beside_embeddings_that_the_base_ties(tmp_pat
     untied.save_pretrained(tmp_path / "finetuned")
     delta = load_delta(base=tmp_path / "base", finetuned=tmp_path / "finetuned")
     base = open_checkpoint(tmp_path / "base")
-    save_checkpoint(base, delta, tmp_path / "out")
+    saving.save_checkpoint(base, delta, tmp_path / "out")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert not loaded.config.tie_word_embeddings
     torch.testing.assert_close(logits(loaded), logits(untied), rtol=1e-5, atol=1e-6)
     # Without any delta left the head is what the base computes its logits with.
-    save_checkpoint(base, delta.pruned(Dare(1.0), seed=0), tmp_path / "empty")
+    saving.save_checkpoint(base, delta.pruned(Dare(1.0), seed=0), tmp_path / "empty")
     torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "empty")), logits(model))
 
 
@@ -221,7 +219,7 @@ def test_a_wrapped_base_keeps_its_names_and_what_the_fine_tune_lacks(tmp_path: P
     model.save_pretrained(tmp_path / "base")
     tuned.bert.save_pretrained(tmp_path / "finetuned")
     delta = load_delta(base=tmp_path / "base", finetuned=tmp_path / "finetuned")
-    table = save_checkpoint(open_checkpoint(tmp_path / "base"), delta, tmp_path / "out").set_index("tensor")
+    table = saving.save_checkpoint(open_checkpoint(tmp_path / "base"), delta, tmp_path / "out").set_index("tensor")
     loaded = BertForMaskedLM.from_pretrained(tmp_path / "out")
     for name, parameter in loaded.named_parameters():
         side = tuned if name.startswith("bert.") else model
@@ -266,7 +264,7 @@ def test_an_adapter_is_merged_as_peft_merges_it(tmp_path: Path, with_base: bool)
                 parameter.copy_(0.1 * normal(i, *parameter.shape))
     wrapped.save_pretrained(tmp_path / "adapter")
     delta = load_delta(base=tmp_path / "base" if with_base else None, finetuned=tmp_path / "adapter")
-    table = save_checkpoint(open_checkpoint(tmp_path / "base"), delta, tmp_path / "out").set_index("tensor")
+    table = saving.save_checkpoint(open_checkpoint(tmp_path / "base"), delta, tmp_path / "out").set_index("tensor")
     merged = wrapped.merge_and_unload()
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     for (name, parameter), expected in zip(loaded.named_parameters(), merged.parameters(), strict=True):
@@ -337,16 +335,16 @@ def small(save_checkpoint: SaveCheckpoint) -> tuple[Path, Path]:
 def test_nothing_is_overwritten(small: tuple[Path, Path], tmp_path: Path) -> None:
     base, delta = open_checkpoint(small[0]), load_delta(base=small[0], finetuned=small[1])
     with pytest.raises(FileExistsError, match="exists already; choose another out_dir"):
-        save_checkpoint(base, delta, small[0])
+        saving.save_checkpoint(base, delta, small[0])
     file = tmp_path / "a file"
     file.write_text("kept")
     with pytest.raises(FileExistsError):
-        save_checkpoint(base, delta, file)
+        saving.save_checkpoint(base, delta, file)
     assert file.read_text() == "kept"
     (tmp_path / "empty").mkdir()
-    save_checkpoint(base, delta, tmp_path / "empty")
+    saving.save_checkpoint(base, delta, tmp_path / "empty")
     with pytest.raises(FileExistsError):
-        save_checkpoint(base, delta, tmp_path / "empty")
+        saving.save_checkpoint(base, delta, tmp_path / "empty")
     assert set(open_checkpoint(tmp_path / "empty")) == set(base)
 
 
@@ -368,9 +366,9 @@ def test_an_exception_in_the_middle_leaves_nothing(
             return tensor
 
     with pytest.raises(error):
-        save_checkpoint(base, delta.pruned(Failing(), seed=0), tmp_path / "out", max_shard_size=500)
+        saving.save_checkpoint(base, delta.pruned(Failing(), seed=0), tmp_path / "out", max_shard_size=500)
     assert sorted(tmp_path.rglob("*")) == before
-    save_checkpoint(base, delta, tmp_path / "out", max_shard_size=500)
+    saving.save_checkpoint(base, delta, tmp_path / "out", max_shard_size=500)
     assert set(open_checkpoint(tmp_path / "out")) == set(base)
 
 
@@ -400,15 +398,10 @@ def test_a_process_killed_in_the_middle_leaves_nothing_under_the_name(small: tup
     (left,) = set(tmp_path.iterdir()) - set(before)
     assert list(left.glob("*.safetensors"))
     base, delta = open_checkpoint(small[0]), load_delta(base=small[0], finetuned=small[1])
-    save_checkpoint(base, delta, out)
+    saving.save_checkpoint(base, delta, out)
     assert set(open_checkpoint(out)) == set(base)
     assert sorted(tmp_path.iterdir()) == sorted([*before, out])
     assert not list(out.glob("model-0*"))
-
-
-def read_back(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    for file in folder.glob("*.safetensors"):
-        yield from load_file(file).items()
 
 
 def test_a_weight_beyond_float16_is_refused_and_nothing_is_left(
@@ -423,7 +416,7 @@ def test_a_weight_beyond_float16_is_refused_and_nothing_is_left(
         saving.save_checkpoint(checkpoint, delta, tmp_path / "out", dtype="float16")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "tuned"]
     saving.save_checkpoint(checkpoint, delta, tmp_path / "out", dtype="bfloat16")
-    assert dict(read_back(tmp_path / "out"))["a.weight"].tolist() == [1.0, 65536.0]
+    assert load_file(tmp_path / "out" / "model.safetensors")["a.weight"].tolist() == [1.0, 65536.0]
 
 
 def test_an_infinite_weight_of_the_base_is_no_overflow(save_checkpoint: SaveCheckpoint, tmp_path: Path) -> None:
@@ -432,7 +425,7 @@ def test_an_infinite_weight_of_the_base_is_no_overflow(save_checkpoint: SaveChec
     saving.save_checkpoint(
         open_checkpoint(base), load_delta(base=base, finetuned=tuned), tmp_path / "out", dtype="float16"
     )
-    saved = dict(read_back(tmp_path / "out"))["a.weight"]
+    saved = load_file(tmp_path / "out" / "model.safetensors")["a.weight"]
     assert saved.isnan().tolist() == [True, True, False]
 
 
@@ -440,7 +433,7 @@ def test_an_infinite_weight_of_the_base_is_no_overflow(save_checkpoint: SaveChec
 def test_an_unknown_dtype_is_refused(small: tuple[Path, Path], tmp_path: Path, dtype: str) -> None:
     delta = load_delta(base=small[0], finetuned=small[1])
     with pytest.raises(ValueError, match="dtype must be one of 'float32', 'float16', 'bfloat16'; not"):
-        save_checkpoint(open_checkpoint(small[0]), delta, tmp_path / "out", dtype=dtype)
+        saving.save_checkpoint(open_checkpoint(small[0]), delta, tmp_path / "out", dtype=dtype)
 
 
 def test_a_delta_of_another_model_is_refused(
@@ -466,7 +459,7 @@ def test_scalars_and_empty_tensors_are_saved(save_checkpoint: SaveCheckpoint, tm
     folder = save_checkpoint("base", base)
     delta = load_delta(base=folder, finetuned=save_checkpoint("tuned", tuned))
     table = saving.save_checkpoint(open_checkpoint(folder), delta, tmp_path / "out")
-    for name, tensor in read_back(tmp_path / "out"):
+    for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
         assert torch.equal(tensor, tuned[name])
     assert table.set_index("tensor")["numel"].to_dict() == {"empty.weight": 0, "flat": 3, "scale": 1}
     assert table["lost_share"].tolist() == [0.0, 0.0, 0.0]

@@ -46,7 +46,7 @@ def _safetensors() -> Iterator[tuple[str, Content]]:
     yield from flipped(DATA, len(DATA), 3)
     for label, data in flipped(DATA, len(DATA), 4):
         yield f"data {label}", around(HEADER, data)
-    for length in (*NUMBERS[1:-2], LENGTH - 1, LENGTH + 1, LENGTH + 8, len(WHOLE), len(WHOLE) - 8, 2**64 - 1, 10**8):
+    for length in (*NUMBERS[1:-3], LENGTH - 1, LENGTH + 1, LENGTH + 8, len(WHOLE), len(WHOLE) - 8, 2**64 - 1, 10**8):
         yield f"header length {length}", length.to_bytes(8, "little") + WHOLE[8:]
     header = json.loads(HEADER)
     for name in (EMBEDDING, NORM):
@@ -80,7 +80,7 @@ def _safetensors() -> Iterator[tuple[str, Content]]:
         renamed = {name if each == NORM else each: about for each, about in header.items()}
         yield f"tensor named {name[:60]!r}", around(renamed)
         yield f"only {name[:60]!r}", around({name: {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}, bytes(8))
-        yield f"large {name[:60]!r}", save({**TENSORS, name: TENSORS[EMBEDDING]})
+        yield f"large {name[:60]!r}", save({**TENSORS, name: TENSORS[EMBEDDING].clone()})
     for shape in ([2**63, 0], [0, 2**63], [2**62, 4, 0], [0, 2**62, 4], [0] * 100, [1] * 60, [1] * 70, [2**64 - 1, 0],
                   [0] * 5000, [2**31, 2**31, 0], [1] * 2000):  # fmt: skip
         size = 0 if 0 in shape else 4
@@ -190,9 +190,9 @@ def _places(content: bytes) -> Iterator[tuple[str, Content]]:
 
 
 def _sparse(file: Path, content: bytes) -> None:
-    """A file of 16 GB that takes no room on the disk."""
+    """Half a gigabyte that takes no room on the disk."""
     file.write_bytes(content)
-    os.truncate(file, 2**34)
+    os.truncate(file, 2**29)
 
 
 def index_faults() -> Iterator[Fault]:

@@ -169,7 +169,7 @@ def legacy_bytes(
     """A file as torch wrote it before version 1.6."""
     sizes = [tensor.numel() for tensor in TENSORS.values()] if sizes is None else sizes
     keys = pickle.dumps([str(i) for i in range(len(DATA))], 2) if keys is None else keys
-    data = b"".join(struct.pack("<q", size & (2**64 - 1) if size >= 2**63 else size) + each
+    data = b"".join(struct.pack("<Q", size % 2**64) + each
                     for size, each in zip(sizes, DATA, strict=True))  # fmt: skip
     return magic + protocol + system + pickle_ + keys + data
 
