@@ -41,6 +41,11 @@ class Match:
     base: Entry | None = field(repr=False)
     base_name: str = ""
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of what is compared."""
+        return () if self.finetuned is None else self.finetuned.shape
+
 
 def align(base: Checkpoint | None, finetuned: Checkpoint, vocab: Vocabulary) -> list[Match]:
     """Every tensor name of either side, matched by name, by layer, then by name.

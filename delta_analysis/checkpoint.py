@@ -40,8 +40,9 @@ class Checkpoint(Mapping[str, torch.Tensor]):
     source : what was asked for: a path, a hub id, `zoo:small/base`, or the class of a module.
     path : the directory or file that it is, None for a module.
     entries : name -> where the weight comes from: its shape, dtype and place.
-    skipped : name -> why a stored tensor is no weight of its own (an integer buffer, an output
-        head tied to the embeddings and equal to them, a whole weight inside an adapter).
+    skipped : name -> why a stored tensor is no weight of its own (an integer buffer, a second name
+        of the same memory, an output head tied to the embeddings and equal to them, a whole weight
+        inside an adapter).
     config : the model's `config.json`, empty for a bare file.
     is_difference : whether the tensors are differences from a base, as an adapter's are, and not weights.
     """
@@ -151,10 +152,28 @@ def _checkpoint(
     source: str, path: Path | None, found: Mapping[str, Entry], skipped: dict[str, str], config: dict[str, Any]
 ) -> Checkpoint:
     buffers = {name: reason for name, entry in found.items() if (reason := _not_a_weight(source, name, entry))}
-    entries = {name: found[name] for name in sorted(found, key=reading_order) if name not in buffers}
+    repeated = {name: f"tied to {first}, counted there" for name, first in _repeated(found).items()}
+    skipped = {**skipped, **repeated, **buffers}
+    entries = {name: found[name] for name in sorted(found, key=reading_order) if name not in {**repeated, **buffers}}
     if not entries:
         raise CheckpointError(f"{path or source}: holds no weights ({len(buffers)} buffers); nothing to compare")
-    return _without_tied_head(Checkpoint(source, path, entries, {**skipped, **buffers}, config))
+    return _without_tied_head(Checkpoint(source, path, entries, skipped, config))
+
+
+def _repeated(found: Mapping[str, Entry]) -> dict[str, str]:
+    """Name -> the first name of the same memory: a `.bin` file has tied weights under each of their names."""
+    first: dict[object, str] = {}
+    names = {name: first.setdefault(_place(entry) or name, name) for name, entry in found.items()}
+    return {name: earlier for name, earlier in names.items() if name != earlier}
+
+
+def _place(entry: Entry) -> object:
+    """Where the entries lie; None where there are none, or where they have to be computed."""
+    if isinstance(entry, Stored):
+        return replace(entry, name="") if entry.numel else None
+    if isinstance(entry, Held) and entry.tensor.data_ptr():
+        return entry.tensor.data_ptr(), entry.shape, entry.tensor.stride(), entry.dtype
+    return None
 
 
 def _not_a_weight(source: str, name: str, entry: Entry) -> str | None:

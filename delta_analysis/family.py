@@ -19,7 +19,8 @@ class Relation(NamedTuple):
 
     @property
     def name(self) -> str:
-        return f"{short_source(self.base)} → {short_source(self.finetuned)}"
+        finetuned = short_source(self.finetuned)
+        return f"{short_source(self.base)} → {finetuned}" if self.base else finetuned
 
 
 def short_source(source: str) -> str:

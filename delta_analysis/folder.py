@@ -15,6 +15,8 @@ LAYOUTS = (
     ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model*.bin"),
 )
 """Single file, index, and shards without an index; the first layout that is there is read."""
+LONGEST_NAME = 80
+"""Of a shard; file systems take 255 bytes, and a character may have three."""
 MOST_JSON = 2**25
 """Bytes that are believed to be an honest index or configuration; the index of 10^5 tensors has some 2^23."""
 
@@ -77,7 +79,7 @@ def _indexed(index: Path) -> dict[Path, tuple[set[str], str]]:
         raise CheckpointError(f"{index}: has no 'weight_map'; fetch the index again")
     promised: dict[str, set[str]] = {}
     for name, shard in weight_map.items():
-        if not isinstance(shard, str) or shard in ("", "..") or "\0" in shard:
+        if not isinstance(shard, str) or shard in ("", "..") or "\0" in shard or len(shard) > LONGEST_NAME:
             raise CheckpointError(f"{index}: shard {shard!r} is not the name of a file; fetch the index again")
         if Path(shard).name != shard:
             raise CheckpointError(

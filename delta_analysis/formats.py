@@ -85,7 +85,7 @@ def _torch_header(file: Path) -> dict[str, Entry]:
             is_zip = opened.read(len(ZIP)) == ZIP
         records = _zip_records(file) if is_zip else None
         tensors = torch.load(file, map_location="meta", weights_only=True)
-        _check_tensors(file, tensors)
+        _check_tensors(tensors)
         if records is None:
             return _hold(file, tensors)
         return {name: _place(file, name, tensor, records) for name, tensor in tensors.items()}
@@ -124,15 +124,17 @@ def _zip_records(file: Path) -> dict[int, int]:
     return records
 
 
-def _check_tensors(file: Path, tensors: object) -> None:
+def _check_tensors(tensors: object) -> None:
     """These are named tensors of the plain kind."""
     if not isinstance(tensors, dict):
         raise TypeError(f"it holds a {type(tensors).__name__}, not a dict from name to tensor")
     for name, tensor in tensors.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name!r} is a {type(tensor).__name__}, where a name and a tensor were expected")
-        if tensor.layout != torch.strided or tensor.is_quantized:
-            raise not_floating(file, name, str(tensor.dtype).removeprefix("torch."))
+        if tensor.is_neg():
+            raise TypeError(f"{name!r} is a view of the opposite sign, where the numbers themselves were expected")
+        if tensor.layout != torch.strided:
+            raise TypeError(f"{name!r} is sparse, where a dense tensor was expected")
 
 
 def _hold(file: Path, expected: dict[str, torch.Tensor]) -> dict[str, Entry]:
@@ -142,6 +144,8 @@ def _hold(file: Path, expected: dict[str, torch.Tensor]) -> dict[str, Entry]:
     if any(tensor.nbytes > tensor.untyped_storage().nbytes() for tensor in expected.values()):
         raise ValueError("it has a view that repeats entries")
     tensors = torch.load(file, map_location="cpu", weights_only=True)
+    if any(tensor.is_meta for tensor in tensors.values()):
+        raise ValueError("it has a tensor without entries, saved from the meta device")
     return {name: Held(tensor.detach()) for name, tensor in tensors.items()}
 
 

@@ -57,7 +57,7 @@ def reading_order(name: str) -> tuple[int, str]:
 
 
 INPUT_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "shared")
-OUTPUT_HEADS = ("lm_head", "embed_out", "cls.predictions.decoder")
+OUTPUT_HEADS = ("lm_head", "lm_head.decoder", "embed_out", "cls.predictions.decoder")
 WRAPPERS = (
     "base_model.model.",
     "module.",

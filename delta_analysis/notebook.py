@@ -8,7 +8,9 @@ import importlib.metadata
 import json
 import platform
 import re
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,30 @@ PACKAGES = ("delta_analysis", "torch", "transformers", "numpy", "pandas", "safet
 def say(sentence: str) -> None:
     """Show a sentence that was computed, as text of the report."""
     display(Markdown(sentence))
+
+
+@contextmanager
+def notes() -> Iterator[None]:
+    """Show warnings as text of the report, not as messages of the program."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        yield
+    for each in caught:
+        say(f"**Note.** {each.message}")
+
+
+class LiveLine:
+    """A stream for a progress bar in a notebook: one line, rewritten in place, and gone in the end."""
+
+    def __init__(self) -> None:
+        self._shown = display(Markdown(""), display_id=True)
+
+    def write(self, text: str) -> None:
+        if self._shown is not None:
+            self._shown.update(Markdown(text.strip("\r\n ")))
+
+    def flush(self) -> None:
+        """Nothing is held back."""
 
 
 def percent(share: float, digits: int = 0) -> str:

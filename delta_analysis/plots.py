@@ -127,12 +127,16 @@ def layer_heatmap(ranges: pd.DataFrame, *, value: str = "abs_p50", ax: Axes | No
         fmt=".3g",
         annot_kws={"size": 7},
         linewidths=0.5 if few else 0,
-        xticklabels=[label if few or not label.isdecimal() or int(label) % 10 == 0 else "" for label in table.columns],
+        xticklabels=[
+            label if few or not label.isdecimal() or int(label) % 10 == 0 < int(label) else ""
+            for label in table.columns
+        ],
         yticklabels=True,
         cbar_kws={"label": _STATISTICS.get(value, value) + (" (in the cells: thousandths)" if few else "")},
     )
     ax.set(xlabel="layer", ylabel="")
     ax.tick_params(axis="both", length=0)
+    ax.tick_params(axis="x", labelrotation=0)
     return ax
 
 

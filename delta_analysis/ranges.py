@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import Executor
 from functools import reduce
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 import numpy as np
 import pandas as pd
@@ -24,7 +24,7 @@ def value_ranges(
     *,
     by: Grouping = "tensor",
     executor: Executor | None = None,
-    progress: bool | None = None,
+    progress: TextIO | None = None,
 ) -> pd.DataFrame:
     """How large the entries of a delta are, by tensor or by group of tensors.
 

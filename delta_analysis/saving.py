@@ -112,7 +112,9 @@ def save_checkpoint(
         _write_config(companion, partial, dtype, own_head=any(name not in base for name in parts))
         for pattern in COMPANIONS if tokenizer else ():
             for file in sorted(tokenizer.glob(pattern)) if tokenizer else ():
-                shutil.copy(file, partial / file.name)
+                # A repository may have a whole folder of this name.
+                if file.is_file():
+                    shutil.copy(file, partial / file.name)
         partial.replace(out)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
 from functools import reduce
+from typing import TextIO
 
 import pandas as pd
 import torch
@@ -42,7 +43,7 @@ class Tallies:
     cells: dict[tuple[int, str, str], Tally] = field(repr=False)
 
 
-def tally_delta(delta: Delta, *, executor: Executor | None = None, progress: bool | None = None) -> Tallies:
+def tally_delta(delta: Delta, *, executor: Executor | None = None, progress: TextIO | None = None) -> Tallies:
     """Read a delta once, and count and add up what `value_ranges` and `magnitude_histogram` need.
 
     The base and the fine-tune are read in pieces of 2^17 entries; neither a model nor a tensor is
@@ -55,7 +56,8 @@ def tally_delta(delta: Delta, *, executor: Executor | None = None, progress: boo
     delta : as from `load_delta`.
     executor : where pieces are read and tallied; its workers need the same files under the same
         paths. The default is as many threads as torch uses.
-    progress : whether to show tensors, bytes and the time left; None shows them on a terminal.
+    progress : where to show tensors, bytes and the time left, such as `sys.stderr`; None shows them on
+        a terminal only.
 
     Raises
     ------
@@ -78,24 +80,17 @@ def tally_delta(delta: Delta, *, executor: Executor | None = None, progress: boo
     rows: list[dict[str, object]] = []
     cells: dict[tuple[int, str, str], Tally] = {}
     total = sum(_nbytes(match) for match in delta.compared.values())
-    hidden = None if progress is None else not progress
-    with tqdm(total=total, unit="B", unit_scale=True, disable=hidden, leave=False) as bar:
+    hidden = None if progress is None else False
+    with tqdm(total=total, unit="B", unit_scale=True, file=progress, disable=hidden, leave=False) as bar:
         for match, result in _in_order(delta, executor or thread_pool(torch.get_num_threads()), bar):
-            shape = tuple(delta_shape(match))
-            layer, module, kind = parse_name(match.tensor, len(shape))
-            labels = {"tensor": match.tensor, "layer": layer, "module": module, "kind": kind, "shape": str(shape)}
+            layer, module, kind = cell = parse_name(match.tensor, len(match.shape))
+            labels = {"tensor": match.tensor, "layer": layer, "module": module, "kind": kind, "shape": str(match.shape)}
             rows.append({**labels, **result.row()})
-            cell = (layer, module, kind)
             cells[cell] = cells[cell] + result if cell in cells else result
             bar.set_postfix_str(f"{len(rows)} of {len(delta)} tensors", refresh=False)
     found = Tallies(delta.finetuned.source, pd.DataFrame(rows), cells)
     _warn(delta, found)
     return found
-
-
-def delta_shape(match: Match) -> tuple[int, ...]:
-    assert match.finetuned is not None
-    return match.finetuned.shape
 
 
 def _in_order(delta: Delta, executor: Executor, bar: tqdm) -> Iterator[tuple[Match, Tally]]:

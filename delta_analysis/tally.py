@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import cache, reduce
 
 import numpy as np
 import torch
@@ -107,7 +107,9 @@ class Tally:
         if not (0 < square < math.inf):
             return math.nan
         # frexp's exponent is that of a mantissa in [1/2, 1), one more than that of a number in [1, 2).
-        return math.ldexp(1.0, math.frexp(math.sqrt(square))[1] - 1 - self.digits)
+        step = math.ldexp(1.0, math.frexp(math.sqrt(square))[1] - 1 - self.digits)
+        # Below 2^-14 the steps of float16 shrink no more.
+        return max(step, 2.0**-24) if self.digits == DIGITS[torch.float16] else step
 
     def quantiles(self, shares: Sequence[float]) -> list[float]:
         """For each share q the smallest value with at least q of the entries at or below it, within 0.4%."""
@@ -147,6 +149,7 @@ class Tally:
         }
 
 
+@cache
 def bucket_middles() -> np.ndarray:
     """Middle value of each bucket; the bucket of zero is zero itself."""
     bits = np.arange(BUCKETS, dtype=np.uint32) << np.uint32(16)

@@ -19,6 +19,10 @@ from transformers import (
     GPT2Model,
     LlamaForCausalLM,
     PreTrainedModel,
+    RobertaConfig,
+    RobertaForMaskedLM,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 from delta_analysis._errors import NotHomologousError
@@ -122,6 +126,37 @@ def test_gpt2_whose_bin_repeats_its_tied_head_is_compared_once(tmp_path: Path, l
     assert rows["numel_compared"].sum() == finetuned.num_parameters()
     assert rows.loc[HEAD, ["status", "reason"]].tolist() == ["skipped", "tied to transformer.wte.weight, counted there"]
     assert rows.loc["transformer.h.0.attn.bias", "status"] == "skipped"
+
+
+TIED: dict[str, Any] = {
+    "bert": lambda: BertForMaskedLM(bert_config()),
+    "roberta": lambda: RobertaForMaskedLM(RobertaConfig(**bert_config().to_diff_dict() | {"model_type": "roberta"})),
+    "t5": lambda: T5ForConditionalGeneration(
+        T5Config(d_model=8, d_kv=4, d_ff=12, num_layers=2, num_heads=2, vocab_size=11)
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", TIED)
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+@pytest.mark.parametrize("pickled", ["base", "finetuned"])
+def test_each_tied_weight_of_a_bin_is_compared_once(tmp_path: Path, kind: str, legacy: bool, pickled: str) -> None:
+    torch.manual_seed(0)
+    models = {side: TIED[kind]() for side in ("base", "finetuned")}
+    folders = {side: saved(model, tmp_path / side) for side, model in models.items()}
+    (folders[pickled] / "model.safetensors").unlink()
+    state = models[pickled].state_dict()
+    torch.save(state, folders[pickled] / "pytorch_model.bin", _use_new_zipfile_serialization=not legacy)
+    delta = load_delta(**folders)
+    assert_differences(delta, models["finetuned"], models["base"])
+    rows = by_tensor(delta)
+    assert rows["numel_compared"].sum() == models["finetuned"].num_parameters()
+    parameters = dict(models["finetuned"].named_parameters())
+    assert rows.loc[rows["status"] == "skipped"].index.tolist() == sorted(
+        name for name in state if name not in parameters and state[name].is_floating_point()
+    )
+    assert rows.loc[rows["status"] == "skipped", "reason"].str.startswith("tied to ").all()
+    assert set(rows["status"]) == {"compared", "skipped"}
 
 
 def test_gpt2_as_its_first_files_name_it_is_the_model_inside(tmp_path: Path) -> None:

@@ -67,13 +67,15 @@ def test_strides_are_those_of_any_permutation(
 
 
 @settings(deadline=None)
-@given(first=st.integers(0, 24), second=st.integers(0, 24))
-def test_a_piece_is_a_slice(tmp_path_factory: pytest.TempPathFactory, first: int, second: int) -> None:
+@given(first=st.integers(0, 24), second=st.integers(0, 24), dtype=st.sampled_from(["<f2", "<f4", "<f8"]))
+def test_a_piece_is_a_slice(tmp_path_factory: pytest.TempPathFactory, first: int, second: int, dtype: str) -> None:
     file = tmp_path_factory.getbasetemp() / "sliced"
-    file.write_bytes(b"12345" + VALUES.tobytes())
+    values = torch.from_numpy(VALUES.astype(dtype))
+    file.write_bytes(b"12345" + values.numpy().tobytes())
     start, stop = sorted((first, second))
-    entry = Stored(file, "a", 5, (4, 6), torch.float32)
-    assert entry.piece(start, stop).tolist() == VALUES[start:stop].tolist()
+    piece = Stored(file, "a", 5, (4, 6), values.dtype).piece(start, stop)
+    assert piece.dtype == values.dtype
+    assert piece.tolist() == VALUES[start:stop].tolist()
 
 
 def test_reads_that_return_less_than_was_asked_for_are_continued(file: Path) -> None:

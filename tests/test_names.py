@@ -17,6 +17,7 @@ from transformers import (
     OPTConfig,
     PretrainedConfig,
     Qwen2Config,
+    RobertaConfig,
 )
 
 from delta_analysis.names import (
@@ -153,6 +154,7 @@ def test_reading_order_is_by_layer_number_then_by_name() -> None:
         (GPTNeoXConfig(**SIZES), AutoModelForCausalLM),
         (OPTConfig(hidden_size=8, ffn_dim=12, num_hidden_layers=3, num_attention_heads=2), AutoModelForCausalLM),
         (BertConfig(**SIZES), AutoModelForMaskedLM),
+        (RobertaConfig(**SIZES), AutoModelForMaskedLM),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, PretrainedConfig) else "",
 )

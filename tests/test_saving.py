@@ -25,6 +25,8 @@ from transformers import (
     BertModel,
     GPT2Config,
     GPT2LMHeadModel,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedModel,
 )
 
@@ -61,11 +63,18 @@ def tiny_gpt2() -> GPT2LMHeadModel:
     return GPT2LMHeadModel(GPT2Config(vocab_size=11, bos_token_id=0, eos_token_id=0, **sizes))
 
 
+def tiny_mixtral() -> MixtralForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return MixtralForCausalLM(MixtralConfig(vocab_size=11, num_key_value_heads=1, num_local_experts=3, **sizes))
+
+
 MODELS = {
     "untied llama": lambda: tiny_llama(tie_word_embeddings=False),
     "tied llama": lambda: tiny_llama(tie_word_embeddings=True),
     "bert": tiny_bert,
     "gpt2": tiny_gpt2,
+    "mixtral": tiny_mixtral,
 }
 
 
@@ -175,6 +184,14 @@ def test_configuration_and_tokenizer_come_along(tmp_path: Path) -> None:
     assert table["numel"].sum() == loaded.num_parameters()
 
 
+def test_a_folder_of_a_tokenizers_name_is_left_behind(save_checkpoint: SaveCheckpoint, tmp_path: Path) -> None:
+    base = save_checkpoint("base", {"a.weight": torch.ones(2)}, config={})
+    (base / "tokenizer").mkdir()
+    (base / "tokenizer.model").write_bytes(b"pieces")
+    saving.save_checkpoint(open_checkpoint(base), load_delta(base=base, finetuned=base), tmp_path / "out")
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["model.safetensors", "tokenizer.model"]
+
+
 def test_the_fine_tunes_own_configuration_is_kept_where_its_tensors_are(
     save_checkpoint: SaveCheckpoint, tmp_path: Path
 ) -> None:
@@ -197,12 +214,13 @@ def test_a_module_is_saved_as_its_folder_would_be(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(loaded), logits(tuned), rtol=1e-5, atol=1e-6)
 
 
-def test_a_head_of_its_own_is_saved_beside_embeddings_that_the_base_ties(tmp_path: Path) -> None:
+@pytest.mark.parametrize("source", ["finetuned", "finetuned/model.safetensors"])  # a bare file has no configuration
+def test_a_head_of_its_own_is_saved_beside_embeddings_that_the_base_ties(tmp_path: Path, source: str) -> None:
     model = tiny_llama(tie_word_embeddings=True)
     untied = tiny_llama(seed=1, tie_word_embeddings=False)
     model.save_pretrained(tmp_path / "base")
     untied.save_pretrained(tmp_path / "finetuned")
-    delta = load_delta(base=tmp_path / "base", finetuned=tmp_path / "finetuned")
+    delta = load_delta(base=tmp_path / "base", finetuned=tmp_path / source)
     base = open_checkpoint(tmp_path / "base")
     saving.save_checkpoint(base, delta, tmp_path / "out")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -421,12 +439,11 @@ def test_a_weight_beyond_float16_is_refused_and_nothing_is_left(
 
 def test_an_infinite_weight_of_the_base_is_no_overflow(save_checkpoint: SaveCheckpoint, tmp_path: Path) -> None:
     base = save_checkpoint("base", {"a.weight": torch.tensor([torch.inf, torch.nan, 1.0])})
-    tuned = save_checkpoint("tuned", {"a.weight": torch.tensor([torch.inf, 2.0, 3.0])})
-    saving.save_checkpoint(
-        open_checkpoint(base), load_delta(base=base, finetuned=tuned), tmp_path / "out", dtype="float16"
-    )
+    change = save_checkpoint("change", {"a.weight": torch.tensor([2.0, 2.0, 3.0])})
+    delta = load_delta(base=base, finetuned=change, finetuned_is_delta=True)
+    saving.save_checkpoint(open_checkpoint(base), delta, tmp_path / "out", dtype="float16")
     saved = load_file(tmp_path / "out" / "model.safetensors")["a.weight"]
-    assert saved.isnan().tolist() == [True, True, False]
+    np.testing.assert_array_equal(saved, np.array([np.inf, np.nan, 4.0], dtype=np.float16))
 
 
 @pytest.mark.parametrize("dtype", ["float64", "int8", "bf16", ""])

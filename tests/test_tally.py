@@ -350,6 +350,8 @@ def test_blocks_merged_in_any_order_give_the_same_bits(sizes: list[int], data: s
         ([0.02, 0.02], 7, 2.0**-13),  # 0.02 lies between 2⁻⁶ and 2⁻⁵
         ([0.02, 0.02], 10, 2.0**-16),
         ([0.02, 0.02], 23, 2.0**-29),
+        ([1e-6, 1e-6], 10, 2.0**-24),  # the smallest float16 above zero
+        ([1e-6, 1e-6], 7, 2.0**-27),
         ([0.0, 2.0], 7, 2.0**-7),  # the rms is √2
         ([0.0, 0.0], 7, math.nan),
     ],

@@ -7,9 +7,9 @@ FOLDER gets `label`, that of the case under way, and `results.json`.
 
 from __future__ import annotations
 
-import collections
 import itertools
 import json
+import logging
 import math
 import os
 import resource
@@ -17,7 +17,6 @@ import shutil
 import signal
 import sys
 import sysconfig
-import time
 import traceback
 import warnings
 from pathlib import Path
@@ -32,8 +31,8 @@ from delta_analysis.checkpoint import open_checkpoint
 from delta_analysis.delta import Delta, load_delta
 from delta_analysis.ranges import value_ranges
 from tests.faults.damaged import config_faults, index_faults, safetensors_faults, shard_faults
-from tests.faults.good import BASE, CONFIG, INDEX, SINGLE, TORCH_INDEX, Fault, good
-from tests.faults.hostile import WITNESS, hostile_pickles, legacy_faults, pickle_faults, zip_faults
+from tests.faults.good import BASE, CONFIG, INDEX, SINGLE, TENSORS, TORCH_INDEX, Fault, good
+from tests.faults.hostile import WITNESS, hostile_pickles, legacy_faults, pickle_faults, raw, zip_faults
 
 ROOM = 2**30
 """Bytes of address space beyond what the process has after its first reads."""
@@ -54,6 +53,7 @@ FORBIDDEN = (
 def main(folder: Path, wanted: str) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    logging.disable()
     base, case = folder / "base", folder / "case"
     base.mkdir()
     (base / SINGLE).write_bytes(save(BASE))
@@ -84,23 +84,19 @@ def main(folder: Path, wanted: str) -> None:
         results.append((label, outcome))
         shutil.rmtree(case)
 
-    whole = list(good())
-    for fault in whole:
+    for fault in good():
         run("warm-up", fault)
     results.clear()
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + ROOM,) * 2)
     resource.setrlimit(resource.RLIMIT_CPU, (10 * SECONDS,) * 2)
-    times = []
     for fault in itertools.chain.from_iterable(group() for group in FAULTS):
-        if wanted in fault[0] and not __import__("re").search(os.environ.get("SKIP", "^$"), fault[0]):
-            start = time.perf_counter()
+        if wanted in fault[0]:
             run("faulty", fault)
-            times.append((time.perf_counter() - start, fault[0]))
     # What was refused leaves nothing behind that would spoil a later reading.
-    for fault in whole:
+    for fault in good():
         run("good", fault)
-    (folder / "results.json").write_text(json.dumps({"results": results, "slow": sorted(times)[-20:]}), encoding="utf-8")
+    (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
 
 
 class Watched:
@@ -139,8 +135,8 @@ def outcome_of(base: Path, case: Path) -> str:
         tensors = dict(checkpoint.items())
         delta = load_delta(base=base, finetuned=case)
         delta.coverage()
-        differences = value_ranges(delta, progress=False)
-        alone = value_ranges(load_delta(base=None, finetuned=case), by="model", progress=False)
+        differences = value_ranges(delta)
+        alone = value_ranges(load_delta(base=None, finetuned=case), by="model")
         delta.config_differences()
     except (CheckpointError, NotHomologousError) as error:
         return _refusal(error, case)
@@ -168,7 +164,11 @@ def _refusal(error: BaseException, case: Path) -> str:
 def _compare(
     case: Path, tensors: dict[str, torch.Tensor], delta: Delta, rows: list[dict[str, Any]], alone: int
 ) -> str:
-    expected = oracle(case)
+    try:
+        expected = oracle(case)
+    except Exception:
+        # What the library refuses for a reason that does not matter to the numbers is what was saved.
+        expected = TENSORS
     for name, tensor in tensors.items():
         if tensor.dtype != expected[name].dtype or not equal_bits(tensor, expected[name]):
             return f"{name} is {tensor}, not {expected[name]}"
@@ -208,8 +208,7 @@ def oracle(case: Path) -> dict[str, torch.Tensor]:
 
 
 def equal_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    bits = [each.contiguous().reshape(-1).view(torch.uint8) for each in (one, other)]
-    return one.shape == other.shape and torch.equal(*bits)
+    return one.shape == other.shape and raw(one) == raw(other)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,9 @@ NUMBERS = (-1, 0, 1, 2**20, 2**31, 2**32, 2**40, 2**62, 2**63 - 1, 2**63, 2**64,
 WRONG: tuple[Any, ...] = (
     *NUMBERS, -(2**63), 0.5, 1.0, 1e308, True, None, "", "0", "F32", "\0", [], {}, [[]], [None], ["0"], [0.0], {"a": 1},
 )  # fmt: skip
-"""Values for any place in a header, an index, a configuration or a pickle."""
+"""Values for any place in a header or an index."""
+FEW: tuple[Any, ...] = (-1, 0, 2**31, 2**40, 2**63, 10**400, 0.5, True, None, "", "0", [], {})
+"""And for any place in a configuration or a pickle, which have more."""
 
 BASE = {EMBEDDING: torch.full((3, 2), 0.5), WIDE: torch.full((2, 4), -0.25), NORM: torch.ones(3), "s": torch.ones(())}
 _noise = torch.Generator().manual_seed(0)
@@ -77,7 +79,7 @@ def flipped(whole: bytes, count: int, seed: int, stop: int | None = None) -> Ite
         at = i * stop // count
         changed = bytearray(whole)
         changed[at] ^= random_.choice((1, 2, 4, 8, 16, 32, 64, 128, random_.randrange(1, 256)))
-        yield f"byte {at} becomes {changed[at]}", bytes(changed)
+        yield f"{len(whole)} bytes, byte {at} becomes {changed[at]} ({i})", bytes(changed)
 
 
 def spliced(whole: bytes, count: int, seed: int) -> Iterator[tuple[str, bytes]]:
@@ -88,7 +90,7 @@ def spliced(whole: bytes, count: int, seed: int) -> Iterator[tuple[str, bytes]]:
         stop = min(start + random_.choice((1, 2, 4, 8, 64)), len(whole))
         run = random_.choice((whole[start:stop], bytes(8), b"\xff" * 8, random_.randbytes(random_.randrange(1, 9))))
         change = ("removed", "repeated", "overwritten", "put in")[i % 4]
-        yield f"splice {i}, bytes {start} to {stop} {change}", {
+        yield f"{len(whole)} bytes, splice {i}, bytes {start} to {stop} {change}", {
             "removed": whole[:start] + whole[stop:],
             "repeated": whole[:stop] + whole[start:],
             "overwritten": whole[:at] + run + whole[at + len(run) :],
@@ -98,13 +100,14 @@ def spliced(whole: bytes, count: int, seed: int) -> Iterator[tuple[str, bytes]]:
 
 def cut(whole: bytes, count: int) -> Iterator[tuple[str, bytes]]:
     """The file ends early, at `count` places, or late."""
-    for size in {i * len(whole) // count for i in range(count)} | set(range(12)) | {len(whole) - 1 - i for i in range(4)}:
+    for size in sorted({i * len(whole) // count for i in range(count)} | {1, 4, 7, 8, 9, len(whole) - 2, len(whole) - 1}):
         yield f"cut to {size} bytes", whole[:size]
     for more in (b"\0", b"\n", b"}", bytes(8), bytes(4096), whole):
         yield f"{len(more)} bytes more", whole + more
 
 
 def damaged(whole: bytes, scale: int, seed: int) -> Iterator[tuple[str, bytes]]:
+    """All of these, some six times `scale`."""
     yield from flipped(whole, 4 * scale, seed)
     yield from spliced(whole, scale, seed + 1)
     yield from cut(whole, scale)

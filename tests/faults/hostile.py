@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from tests.faults.good import (
-    EMBEDDING, NORM, NUMBERS, TENSORS, TORCH, WIDE, WRONG, Fault, damaged, flipped, torch_bytes,
+    EMBEDDING, FEW, NORM, NUMBERS, TENSORS, TORCH, WIDE, Fault, damaged, flipped, torch_bytes,
 )  # fmt: skip
 
 WITNESS = "witness"
@@ -141,7 +141,8 @@ def pickled(value: object, *, legacy: bool = False, protocol: int = 2) -> bytes:
 
 
 def raw(tensor: torch.Tensor) -> bytes:
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    """Its bytes, row by row; an empty view may have strides that torch does not take for bytes."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
 
 
 DATA = [raw(tensor) for tensor in TENSORS.values()]
@@ -184,19 +185,21 @@ def zip_faults() -> Iterator[Fault]:
 
 
 def _zips() -> Iterator[tuple[str, bytes]]:
-    yield from damaged(torch_bytes(TENSORS), 100, 7)
-    rebuilt_here = zip_bytes(records(PICKLE))
-    yield from damaged(rebuilt_here, 60, 8)
-    yield from (("pickle " + label, zip_bytes(records(content))) for label, content in damaged(PICKLE, 60, 9))
+    yield from damaged(torch_bytes(TENSORS), 30, 7)
+    for label, content in damaged(zip_bytes(records(PICKLE)), 20, 8):
+        yield f"made here, {label}", content
+    for label, content in damaged(PICKLE, 20, 9):
+        yield f"pickle in it, {label}", zip_bytes(records(content))
     whole = records(PICKLE)
     for i, record in enumerate(whole):
         def but(changed: Record, i: int = i) -> bytes:
             return zip_bytes([*whole[:i], changed, *whole[i + 1 :]])
 
         name = record.name
-        for other in ("", "..", "../x", "/etc/passwd", name.upper(), "other/" + name.split("/", 1)[1], name + "\0", name + "/",
-                      "archive/data/9", "archive/data.pkl", "archive/constants.pkl", "archive/version", "archive/byteorder",
-                      "archive/.format_version", "archive/.storage_alignment", "archive/data/../data/0", "é", "x" * 60_000):  # fmt: skip
+        for other in (
+            "", "../x", "/etc/passwd", name.upper(), "other/" + name.split("/", 1)[1], name + "\0", "archive/data.pkl",
+            "archive/constants.pkl", "archive/.storage_alignment", "archive/data/../data/0", "é", "x" * 60_000,
+        ):  # fmt: skip
             yield f"{name} renamed {other[:40]!r}", but(replace(record, name=other))
         yield f"{name} named otherwise in the directory", but(replace(record, central_name="archive/x"))
         yield f"{name} deflated", but(deflated(name, record.content))
@@ -216,7 +219,7 @@ def _zips() -> Iterator[tuple[str, bytes]]:
         yield f"{name} twice", zip_bytes([*whole, record])
         yield f"{name} twice, other", zip_bytes([*whole, replace(record, content=bytes(len(record.content)))])
         yield f"{name} absent", zip_bytes([*whole[:i], *whole[i + 1 :]])
-        for size in (0, 1, len(record.content) - 1, len(record.content) + 1, 2**16, 2**28, 2**31, 2**32 - 1):
+        for size in (0, len(record.content) - 1, len(record.content) + 1, 2**16, 2**28, 2**31, 2**32 - 1):
             yield f"{name} of size {size}", but(replace(record, size=size))
             yield f"{name} of both sizes {size}", but(replace(record, size=size, packed_size=size))
             yield f"{name} of size {size} in the directory", but(replace(record, central_size=size))
@@ -313,7 +316,7 @@ def pickle_faults() -> Iterator[Fault]:
 def _values() -> Iterator[tuple[str, object]]:
     good = described()
     wide = Storage(torch.BFloat16Storage, "1", 8)
-    for value in WRONG:
+    for value in FEW:
         shown = str(value)[:40]
         yield f"numel {shown}", {**good, WIDE: rebuilt(replace(wide, numel=value), 0, (2, 4), (4, 1))}
         yield f"key {shown}", {**good, WIDE: rebuilt(replace(wide, key=value), 0, (2, 4), (4, 1))}
@@ -410,13 +413,14 @@ def _raw_pickles() -> Iterator[tuple[str, bytes]]:
         yield f"long bytes, {length} of them", b"\x80\x04\x8e" + struct.pack("<Q", length) + b"a" + end
         yield f"a byte array of {length}", b"\x80\x05\x96" + struct.pack("<Q", length) + b"a" + end
         yield f"a frame of {length}", b"\x80\x04\x95" + struct.pack("<Q", length) + b"}" + end
-    for depth in (100, 2_000, 200_000, 1_000_000):
+    # Hashing these in C takes a stack without end.
+    yield "tuples in a key, very deep", dict_ + b")" + b"\x85" * 200_000 + b"Ns" + end
+    for depth in (100, 2_000, 20_000):
         yield f"{depth} lists in lists", b"\x80\x02" + b"]" * depth + b"a" * (depth - 1) + end
         yield f"{depth} tuples in tuples", b"\x80\x02)" + b"\x85" * depth + end
         yield f"{depth} tuples in a key", dict_ + b")" + b"\x85" * depth + b"Ns" + end
         yield f"{depth} marks", b"\x80\x02" + b"(" * depth + end
         yield f"{depth} tuples as a tensor", dict_ + key + b")" + b"\x85" * depth + b"s" + end
-        yield f"{depth} tuples in a set", b"\x80\x02c__builtin__\nset\n])" + b"\x85" * depth + b"a\x85R" + end
         yield f"{depth} dicts in dicts", b"\x80\x02" + (b"}" + key) * depth + b"}" + b"s" * depth + end
     yield "a list that holds itself", b"\x80\x02]q\0h\0a" + end
     yield "a dict that holds itself", b"\x80\x02}q\0" + key + b"h\0s" + end
@@ -424,9 +428,9 @@ def _raw_pickles() -> Iterator[tuple[str, bytes]]:
     yield "doubled tuples in a key", dict_ + b")" + b"q\0h\0\x86" * 60 + b"Ns" + end
     yield "doubled lists", b"\x80\x02]" + b"q\0]h\0ah\0a" * 100 + end
     yield "doubled tuples as a tensor", dict_ + key + b")" + b"q\0h\0\x86" * 60 + b"s" + end
-    yield "many dicts", b"\x80\x02" + b"}" * 2**22 + end
-    yield "many sets", b"\x80\x04" + b"\x8f" * 2**20 + end
-    yield "many places in the memo", b"\x80\x02}" + b"".join(b"r" + struct.pack("<I", i) for i in range(2**18)) + end
+    yield "many dicts", b"\x80\x02" + b"}" * 2**18 + end
+    yield "many sets", b"\x80\x04" + b"\x8f" * 2**18 + end
+    yield "many places in the memo", b"\x80\x02}" + b"".join(b"r" + struct.pack("<I", i) for i in range(2**15)) + end
     yield "no stop", dict_
     yield "stop alone", end
     yield "nothing", b""
@@ -443,9 +447,6 @@ def _raw_pickles() -> Iterator[tuple[str, bytes]]:
 def _kinds_of_tensors() -> Iterator[tuple[str, dict[str, Any]]]:
     plain = TENSORS[WIDE].float()
     yield "sparse", {**TENSORS, WIDE: plain.to_sparse()}
-    yield "sparse rows", {**TENSORS, WIDE: plain.to_sparse_csr()}
-    yield "quantised", {**TENSORS, WIDE: torch.quantize_per_tensor(plain, 0.1, 0, torch.qint8)}
-    yield "by channel", {**TENSORS, WIDE: torch.quantize_per_channel(plain, torch.ones(2), torch.zeros(2), 0, torch.qint8)}
     yield "parameter", {**TENSORS, WIDE: torch.nn.Parameter(plain)}
     yield "meta", {**TENSORS, WIDE: plain.to("meta")}
     yield "complex", {**TENSORS, WIDE: plain.to(torch.complex64)}
@@ -465,7 +466,7 @@ def _kinds_of_tensors() -> Iterator[tuple[str, dict[str, Any]]]:
     yield "number", {**TENSORS, "step": 3}
     yield "storage", {**TENSORS, WIDE: torch.ones(3).untyped_storage()}
     yield "attribute", {**TENSORS, WIDE: _with_attribute(plain)}
-    yield "nested tensor", {**TENSORS, WIDE: torch.tensor([1.0, float("nan"), float("inf"), 0, 0, 0, 0, 0]).reshape(2, 4)}
+    yield "not numbers", {**TENSORS, WIDE: torch.tensor([1.0, float("nan"), float("inf"), 0, 0, 0, 0, 0]).reshape(2, 4)}
 
 
 def _with_attribute(tensor: torch.Tensor) -> torch.Tensor:
@@ -476,16 +477,15 @@ def _with_attribute(tensor: torch.Tensor) -> torch.Tensor:
 
 def legacy_faults() -> Iterator[Fault]:
     whole = legacy_bytes(LEGACY_PICKLE)
-    for label, content in itertools.chain(damaged(whole, 80, 10), _legacy()):
+    for label, content in itertools.chain(damaged(whole, 25, 10), _legacy()):
         yield f"old form: {label}", {TORCH: content}
 
 
 def _legacy() -> Iterator[tuple[str, bytes]]:
-    yield from flipped(legacy_bytes(LEGACY_PICKLE), 150, 11)
     for value in (*NUMBERS[:10], -(2**63)):
         yield f"first of {value}", legacy_bytes(LEGACY_PICKLE, sizes=[value, 8, 3, 1])
         yield f"last of {value}", legacy_bytes(LEGACY_PICKLE, sizes=[6, 8, 3, value])
-    for value in (*WRONG, ["0"], ["0"] * 4, ["3", "2", "1", "0"], ["0", "1", "2", "3", "9"], ["../x"]):
+    for value in (*FEW, ["0"], ["0"] * 4, ["3", "2", "1", "0"], ["0", "1", "2", "3", "9"], ["../x"]):
         other = pickle.dumps(value, 2)
         yield f"keys {str(value)[:40]}", legacy_bytes(LEGACY_PICKLE, keys=other)
         yield f"protocol {str(value)[:40]}", legacy_bytes(LEGACY_PICKLE, protocol=other)
@@ -563,7 +563,7 @@ def hostile_pickles() -> Iterator[Fault]:
         in_dict = hostile(module, name, arguments, protocol, inside=True)
         yield f"bare {label}", {TORCH: evil}
         yield f"in a zip {label}", {TORCH: zip_bytes(records(in_dict))}
-        if protocol == 2:
+        if protocol == 2 and name in ("system", "eval", "_load_from_bytes"):
             yield f"alone in a zip {label}", {TORCH: zip_bytes(records(evil))}
             yield f"in another record {label}", {TORCH: zip_bytes([*records(PICKLE), Record("archive/constants.pkl", evil)])}
             yield f"as the key of a storage {label}", {TORCH: zip_bytes(records(PICKLE.replace(b"X\x01\0\0\x001", evil[2:-1])))}

@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import warnings
+from collections import Counter
+from io import FileIO
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from delta_analysis._errors import CheckpointError
+from delta_analysis.delta import load_delta
+from delta_analysis.entry import Stored
+from delta_analysis.ranges import value_ranges
+from delta_analysis.tally import PIECE
+from tests.faults.good import TORCH, torch_bytes
+
+ROOT = Path(__file__).parents[1]
+LONG = 4 * PIECE
+
+
+def test_two_thousand_faults_end_in_our_error_or_in_the_right_numbers(tmp_path: Path) -> None:
+    command = [sys.executable, "-X", "faulthandler", "-m", "tests.faults.child", str(tmp_path)]
+    child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    label = (tmp_path / "label").read_text(encoding="utf-8")
+    assert child.returncode == 0, f"ended with {child.returncode} in {label!r}: {child.stderr[-3000:]}"
+    found: list[tuple[str, str]] = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    bad = {label: outcome for label, outcome in found if outcome not in ("read", "refused")}
+    assert not bad, "\n\n".join([f"{len(bad)} of {len(found)}", *(f"{a}: {b[:1500]}" for a, b in list(bad.items())[:20])])
+    count = Counter(outcome for _, outcome in found)
+    assert min(count["read"], count["refused"]) > 500, count
+    assert len(found) > 2000, count
+    assert len({label for label, _ in found}) == len(found)
+
+
+@pytest.fixture
+def sides(tmp_path: Path) -> tuple[Path, Path]:
+    """A base and a fine-tune of several pieces."""
+    for name, value in (("base", 1.0), ("finetuned", 1.5)):
+        (tmp_path / name).mkdir()
+        save_file({"a.weight": torch.full((LONG,), value)}, tmp_path / name / "model.safetensors")
+    return tmp_path / "base" / "model.safetensors", tmp_path / "finetuned" / "model.safetensors"
+
+
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize("lost", [1, 2 * LONG, 4 * LONG, None])
+def test_a_file_that_shrinks_after_opening_is_reported(sides: tuple[Path, Path], side: int, lost: int | None) -> None:
+    delta = load_delta(base=sides[0], finetuned=sides[1])
+    whole = sides[side].read_bytes()
+    sides[side].write_bytes(b"" if lost is None else whole[:-lost])
+    with pytest.raises(CheckpointError) as caught:
+        value_ranges(delta)
+    assert str(caught.value).startswith(f"{sides[side]}: tensor 'a.weight' cannot be read: it ends ")
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_file_that_is_removed_after_opening_is_reported(sides: tuple[Path, Path], side: int) -> None:
+    delta = load_delta(base=sides[0], finetuned=sides[1])
+    sides[side].unlink()
+    with pytest.raises(CheckpointError, match="tensor 'a.weight' cannot be read: No such file"):
+        value_ranges(delta)
+
+
+@pytest.mark.parametrize("reads", [1, 2, 5])
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_file_that_shrinks_in_the_midst_of_the_pass_is_reported(
+    sides: tuple[Path, Path], side: int, reads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    delta = load_delta(base=sides[0], finetuned=sides[1])
+    read_into, done = Stored.read_into, []
+
+    def shrinking(self: Stored, file: FileIO, out: torch.Tensor, start: int) -> None:
+        read_into(self, file, out, start)
+        done.append(start)
+        if len(done) == reads:
+            with sides[side].open("r+b") as opened:
+                opened.truncate(sides[side].stat().st_size - 4 * PIECE)
+
+    monkeypatch.setattr(Stored, "read_into", shrinking)
+    with pytest.raises(CheckpointError) as caught:
+        value_ranges(delta)
+    assert str(caught.value).startswith(f"{sides[side]}: tensor 'a.weight' cannot be read: it ends {4 * PIECE} bytes")
+    assert len(done) > reads
+
+
+def test_a_read_error_of_the_disk_is_reported(sides: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    delta = load_delta(base=sides[0], finetuned=sides[1])
+
+    class Failing(FileIO):
+        def readinto(self, buffer: object) -> int:
+            raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(Stored, "open", lambda self: Failing(self.file))
+    with pytest.raises(CheckpointError, match=r"tensor 'a\.weight' cannot be read: Input/output error; .*fetch it again"):
+        value_ranges(delta)
+
+
+def test_entries_that_are_no_numbers_are_counted_by_tensor_and_left_out(tmp_path: Path) -> None:
+    values = torch.tensor([1.0, torch.nan, torch.inf, -torch.inf, 3.0, 0.0])
+    for name, tensors in (("base", {"a.weight": torch.zeros(6), "b.weight": torch.ones(2)}),
+                          ("finetuned", {"a.weight": values, "b.weight": torch.ones(2)})):  # fmt: skip
+        (tmp_path / name).mkdir()
+        (tmp_path / name / TORCH).write_bytes(torch_bytes(tensors))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        table = value_ranges(load_delta(base=tmp_path / "base", finetuned=tmp_path / "finetuned")).set_index("tensor")
+    assert table["nonfinite"].to_dict() == {"a.weight": 3, "b.weight": 0}
+    assert table.loc["a.weight", ["mean", "min", "max", "zero_share"]].tolist() == pytest.approx([4 / 3, 0, 3, 1 / 3])
+    assert any("'a.weight' has 3 NaN or infinite entries of 6" in str(warning.message) for warning in caught)
