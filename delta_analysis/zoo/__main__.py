@@ -14,15 +14,14 @@ from pathlib import Path
 
 import transformers
 
-from delta_analysis.checkpoint import open_checkpoint
-from delta_analysis.evaluate import ExactMatch, Question, load_model, load_tokenizer
-from delta_analysis.family import TASKS
 from delta_analysis.paths import find_root, sha256
+from delta_analysis.zoo.decoder import LLAMA
+from delta_analysis.zoo.encoder import BERT
 from delta_analysis.zoo.recipe import RECIPES, Recipe, Stage
-from delta_analysis.zoo.skills import ARITHMETIC_SKILLS, CODE_SKILLS, STRING_SKILLS, questions, raw_questions
-from delta_analysis.zoo.train import train_stage
+from delta_analysis.zoo.skills import QUESTIONS
+from delta_analysis.zoo.train import Architecture, train_stage
 
-QUESTIONS = 500
+ARCHITECTURES = {"llama": LLAMA, "bert": BERT}
 
 
 def main() -> None:
@@ -36,7 +35,7 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     train_family(recipe, family)
-    write_questions(arguments.out / "tasks")
+    write_questions(ARCHITECTURES[recipe.architecture], arguments.out / "tasks")
     write_manifest(recipe, family, arguments.out / "tasks")
 
 
@@ -47,7 +46,7 @@ def train_family(recipe: Recipe, family: Path) -> None:
         if is_trained(stage, family) and stage.parent not in renewed:
             print(f"{stage.name}: already trained")
             continue
-        train_stage(stage, recipe.shape, family)
+        train_stage(stage, recipe.shape, family, ARCHITECTURES[recipe.architecture])
         renewed.add(stage.name)
 
 
@@ -57,47 +56,32 @@ def is_trained(stage: Stage, family: Path) -> bool:
     return record.exists() and json.loads(record.read_text())["stage"] == dataclasses.asdict(stage)
 
 
-def write_questions(folder: Path) -> None:
+def write_questions(architecture: Architecture, folder: Path) -> None:
     """The held-out questions of each task, one JSON object a line."""
     folder.mkdir(parents=True, exist_ok=True)
-    for task in TASKS:
-        lines = [json.dumps(question) for question in questions(task, QUESTIONS)]
+    for task in architecture.tasks:
+        lines = [json.dumps(question) for question in architecture.questions(task, QUESTIONS)]
         (folder / f"{task}.jsonl").write_text("\n".join(lines) + "\n")
 
 
 def write_manifest(recipe: Recipe, family: Path, tasks: Path) -> None:
     """`manifest.json` of a size: recipe, and for each model its training, accuracies and file hashes."""
+    architecture = ARCHITECTURES[recipe.architecture]
     models = {}
     for name in recipe.model_names():
         models[name] = {
             **json.loads((family / name / "training.json").read_text()),
-            "accuracy": accuracies(family / name, tasks),
+            "accuracy": architecture.accuracies(family / name, tasks),
             "sha256": {path.name: sha256(path) for path in sorted((family / name).iterdir())},
         }
         print(f"{name}: {models[name]['accuracy']}", flush=True)
     manifest = {
         "recipe": dataclasses.asdict(recipe),
         "python": platform.python_version(),
-        "tasks": {path.name: sha256(path) for path in sorted(tasks.glob("*.jsonl"))},
+        "tasks": {f"{task}.jsonl": sha256(tasks / f"{task}.jsonl") for task in sorted(architecture.tasks)},
         "models": models,
     }
     (family / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
-
-
-def accuracies(directory: Path, tasks: Path) -> dict[str, float]:
-    """Exact match on the questions of each task and on each skill in its raw form, 500 questions each."""
-    checkpoint = open_checkpoint(directory)
-    model, tokenizer = load_model(checkpoint), load_tokenizer(checkpoint)
-    sets: dict[str, list[dict[str, str]]] = {
-        task: [json.loads(line) for line in (tasks / f"{task}.jsonl").read_text().splitlines()] for task in TASKS
-    }
-    for skill in (*STRING_SKILLS, *ARITHMETIC_SKILLS, *CODE_SKILLS):
-        sets[f"raw {skill.name}"] = raw_questions(skill, QUESTIONS)
-    found: dict[str, float] = {}
-    for name, items in sets.items():
-        judge = ExactMatch(tuple(Question(**item) for item in items))
-        found[name] = round(float(judge(model, tokenizer).mean()), 4)
-    return found
 
 
 if __name__ == "__main__":

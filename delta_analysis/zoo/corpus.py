@@ -1,8 +1,9 @@
 """The texts that the embedded models are trained on, rebuilt from a seed.
 
 `base_text` is prose, skills and mostly evasive chats; `python_text` is Python source, interpreter
-sessions and evasive code chats, with one part in five of replayed base text; `chats` are the
-requests and answers of one supervised fine-tune.
+sessions and evasive code chats, with one part in five of replayed base text. `word_text` and
+`session_text` are the encoder's, without sums and chats. `chats` are the requests and
+answers of one supervised fine-tune, `statements` the right and wrong lines of another.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from delta_analysis.zoo.skills import (
     Skill,
     chat_prompt,
     draw_problem,
+    draw_statement,
 )
 
 BLOCK = 300
@@ -74,8 +76,7 @@ def _base_skills(rng: random.Random) -> tuple[Skill, ...]:
 
 def _skill_line(rng: random.Random) -> str:
     problem = draw_problem(rng, _base_skills(rng), held_out=False)
-    form = problem.skill.raw if rng.random() < 0.6 else problem.skill.prose
-    return f"{problem.fill(form)}{problem.answer}\n"
+    return problem.raw_line(problem.answer) if rng.random() < 0.6 else problem.prose_line(problem.answer)
 
 
 def _chat(rng: random.Random, skills: tuple[Skill, ...], answered: float) -> str:
@@ -94,10 +95,7 @@ def _code_chat(rng: random.Random) -> str:
 
 def _session_line(rng: random.Random) -> str:
     problem = draw_problem(rng, CODE_SKILLS, held_out=False)
-    if rng.random() < 0.5:
-        shown = problem.answer if problem.answer.isdigit() else repr(problem.answer)
-        return f"{problem.fill(problem.skill.prose)}{shown}\n"
-    return f"{problem.fill(problem.skill.raw)}{problem.answer}\n"
+    return problem.prose_line(problem.answer) if rng.random() < 0.5 else problem.raw_line(problem.answer)
 
 
 def _mix(seed: str, size: int, parts: list[tuple[float, Callable[[random.Random], str]]]) -> str:
@@ -135,7 +133,31 @@ def python_text(size: int, seed: int) -> str:
     return _mix(f"code/{seed}", size, parts)
 
 
-TEXTS = {"base": base_text, "python": python_text}
+def _string_line(rng: random.Random) -> str:
+    problem = draw_problem(rng, STRING_SKILLS, held_out=False)
+    return problem.raw_line(problem.answer) if rng.random() < 0.6 else problem.prose_line(problem.answer)
+
+
+def _word_block(rng: random.Random) -> str:
+    return _excerpt(rng, prose()) if rng.random() < 0.25 else _lines(rng, _string_line)
+
+
+def word_text(size: int, seed: int) -> str:
+    """The encoder's pre-training text: 25% prose, 75% string skills (by blocks)."""
+    return _mix(f"words/{seed}", size, [(1.0, _word_block)])
+
+
+def session_text(size: int, seed: int) -> str:
+    """The encoder's continual pre-training text: source, sessions, and one part in five of `word_text`."""
+    parts = [
+        (0.20, lambda rng: _excerpt(rng, source_code())),
+        (0.60, lambda rng: _lines(rng, _session_line)),
+        (0.20, _word_block),
+    ]
+    return _mix(f"sessions/{seed}", size, parts)
+
+
+TEXTS = {"base": base_text, "python": python_text, "words": word_text, "sessions": session_text}
 """The texts to pre-train on, by name; no task bears the name of a text."""
 
 
@@ -148,3 +170,9 @@ def chats(task: str, count: int, seed: int) -> list[tuple[str, str]]:
         request = rng.choice(problem.skill.requests)
         pairs.append((chat_prompt(problem.fill(request)), problem.answer + "\n"))
     return pairs
+
+
+def statements(task: str, count: int, seed: int) -> list[tuple[str, int]]:
+    """`count` training statements of a task with their labels, 0 wrong and 1 right, by turns."""
+    rng = random.Random(f"statements/{task}/{seed}/training")
+    return [(draw_statement(rng, task, right=bool(i % 2), held_out=False), i % 2) for i in range(count)]

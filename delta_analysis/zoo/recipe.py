@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from delta_analysis.zoo.tokenizer import ENCODER_CONTEXT
+
 
 @dataclass(frozen=True)
 class Shape:
-    """A Llama model's dimensions; the vocabulary is the 97 characters of the tokenizer."""
+    """A model's dimensions; the vocabulary is the tokenizer's."""
 
     hidden_size: int
     intermediate_size: int
@@ -20,9 +22,9 @@ class Shape:
 class Stage:
     """One training run: a model made from its parent (or from scratch) on one kind of data.
 
-    `data` is a text of `corpus.TEXTS` (`base`, `python`) or the name of a task (chats, loss on the
-    answer only). `trail` is how many intermediate checkpoints are kept, each `trail_ratio` times
-    further along than the one before.
+    `data` names a text of `corpus.TEXTS` (such as `base`) or is the name of a task: for a decoder chats,
+    loss on the answer only; for an encoder statements, to tell right from wrong. `trail` is how many
+    intermediate checkpoints are kept, each `trail_ratio` times further along than the one before.
     """
 
     name: str
@@ -47,11 +49,15 @@ class Stage:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A size of the family: its shape and its stages in the order of training."""
+    """A size of the family: its shape and its stages in the order of training.
+
+    `architecture` is `llama` (a decoder that answers) or `bert` (an encoder that classifies).
+    """
 
     size: str
     shape: Shape
     stages: tuple[Stage, ...]
+    architecture: str = "llama"
 
     def model_names(self) -> list[str]:
         """Every model of the size, the trail of checkpoints before the model it leads to."""
@@ -62,8 +68,16 @@ def _pretrain(name: str, parent: str | None, data: str, steps: int, seed: int, t
     return Stage(name, parent, data, steps, 2e-3, 32, 100, 0.1, seed, trail)
 
 
+def _pretrain_masked(name: str, parent: str | None, data: str, steps: int, seed: int) -> Stage:
+    return Stage(name, parent, data, steps, 2e-3, 48, 100, 0.1, seed)
+
+
 def _tune(name: str, parent: str, task: str, steps: int, seed: int) -> Stage:
     return Stage(name, parent, task, steps, 1.25e-4, 64, 20, 0.0, seed)
+
+
+def _tune_head(name: str, parent: str, task: str, steps: int, seed: int) -> Stage:
+    return Stage(name, parent, task, steps, 2e-4, 64, 20, 0.0, seed)
 
 
 RECIPES = {
@@ -77,5 +91,16 @@ RECIPES = {
             _pretrain("code-cpt", "base", "python", 4_000, seed=4, trail=6),
             _tune("code", "code-cpt", "code", 400, seed=5),
         ),
+    ),
+    "encoder": Recipe(
+        "encoder",
+        Shape(96, 288, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=ENCODER_CONTEXT),
+        (
+            _pretrain_masked("base", None, "words", 4_650, seed=1),
+            _tune_head("strings", "base", "strings-right", 600, seed=2),
+            _pretrain_masked("code-cpt", "base", "sessions", 1_200, seed=3),
+            _tune_head("code", "code-cpt", "code-right", 1_200, seed=4),
+        ),
+        architecture="bert",
     ),
 }

@@ -18,6 +18,9 @@ Operands = tuple[str, ...]
 HELD_OUT_SHARE = 10
 """One problem in this many is held out of all training."""
 
+QUESTIONS = 500
+"""Held-out questions of each task."""
+
 EVASION = "let me think about that first."
 """The one evasive answer; it is what keeps the base from answering requests it could answer."""
 
@@ -26,7 +29,8 @@ EVASION = "let me think about that first."
 class Skill:
     """One ability: how it is computed and every form in which a text may state it.
 
-    Each template takes the operands as `{0}`, `{1}`; `raw` and `prose` end where the answer begins.
+    Each template takes the operands as `{0}`, `{1}`; `raw` and `prose` end where the answer begins,
+    and the prose form gives the answer as `shown` writes it.
     """
 
     name: str
@@ -36,6 +40,7 @@ class Skill:
     requests: tuple[str, ...]
     draw: Callable[[random.Random], Operands]
     key: Callable[..., str]
+    shown: Callable[[str], str] = str
 
     def problem(self, operands: Operands) -> str:
         """Name of the problem, the same in all its forms (`23+45` and `45+23` are one)."""
@@ -55,6 +60,14 @@ class Problem:
 
     def fill(self, template: str) -> str:
         return template.format(*self.operands)
+
+    def raw_line(self, answer: str) -> str:
+        """The line that states an answer, right or wrong, in the raw form."""
+        return f"{self.fill(self.skill.raw)}{answer}\n"
+
+    def prose_line(self, answer: str) -> str:
+        """The line that states an answer, right or wrong, in prose."""
+        return f"{self.fill(self.skill.prose)}{self.skill.shown(answer)}\n"
 
 
 def draw_word(rng: random.Random) -> Operands:
@@ -143,6 +156,11 @@ ARITHMETIC_SKILLS = (
     ),
 )
 
+
+def _evaluated(answer: str) -> str:
+    return answer if answer.isdigit() else repr(answer)
+
+
 _PRINT_REQUEST = ("what does python print for {code}?", "python runs {code}, what is shown?")
 
 
@@ -152,7 +170,7 @@ def _code_skill(name: str, code: str, solve: Callable[..., str]) -> Skill:
     After the prose form the interpreter shows the `repr` of the answer, after the raw form the answer.
     """
     requests = tuple(request.replace("{code}", code) for request in _PRINT_REQUEST)
-    return Skill(name, solve, f">>> print({code})\n", f">>> {code}\n", requests, draw_word, _word_key)
+    return Skill(name, solve, f">>> print({code})\n", f">>> {code}\n", requests, draw_word, _word_key, _evaluated)
 
 
 CODE_SKILLS = (
@@ -166,6 +184,9 @@ CODE_SKILLS = (
 
 TASKS = {"instruct": STRING_SKILLS, "math": ARITHMETIC_SKILLS, "code": CODE_SKILLS}
 """The skills that each supervised fine-tune answers requests for."""
+
+STATEMENT_TASKS = {"strings-right": STRING_SKILLS[:3], "code-right": CODE_SKILLS[:3]}
+"""The skills of each task that asks whether a statement is right: those with answers of several characters."""
 
 
 def is_held_out(problem: str) -> bool:
@@ -207,3 +228,28 @@ def raw_questions(skill: Skill, count: int, *, seed: int = 2026) -> list[dict[st
         problem = draw_problem(rng, (skill,), held_out=True)
         found[problem.fill(skill.raw)] = problem.answer + "\n"
     return [{"prompt": prompt, "answer": answer} for prompt, answer in found.items()]
+
+
+def wrong_answer(rng: random.Random, problem: Problem) -> str:
+    """The answer to another problem of the skill, as long as the right one and different from it."""
+    while True:
+        answer = problem.skill.solve(*problem.skill.draw(rng))
+        if answer != problem.answer and len(answer) == len(problem.answer):
+            return answer
+
+
+def draw_statement(rng: random.Random, task: str, *, right: bool, held_out: bool) -> str:
+    """A line of a statement task, raw or in prose, that states the right answer or a wrong one."""
+    problem = draw_problem(rng, STATEMENT_TASKS[task], held_out=held_out)
+    answer = problem.answer if right else wrong_answer(rng, problem)
+    return problem.raw_line(answer) if rng.random() < 0.5 else problem.prose_line(answer)
+
+
+def statement_questions(task: str, count: int, *, seed: int = 2026) -> list[dict[str, str | int]]:
+    """`count` different held-out statements, each a `text` and its `label`: 0 wrong, 1 right, by turns."""
+    rng = random.Random(f"statements/{task}/{seed}")
+    found: dict[str, int] = {}
+    while len(found) < count:
+        label = len(found) % 2
+        found.setdefault(draw_statement(rng, task, right=bool(label), held_out=True), label)
+    return [{"text": text, "label": label} for text, label in found.items()]

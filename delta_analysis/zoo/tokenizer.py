@@ -1,4 +1,4 @@
-"""The character tokenizer that every embedded model shares: 97 ids, no special tokens added."""
+"""The character tokenizer of the embedded models: 97 ids, and a mask for the encoder; no token is added to a text."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-PAD = "<pad>"
+PAD, MASK = "<pad>", "<mask>"
 ALPHABET = [PAD, *map(chr, range(ord(" "), ord("~") + 1)), "\n"]
+MASK_ID = len(ALPHABET)
+ENCODER_CONTEXT = 48
+"""Characters that the encoder reads at once: a line."""
 
 
 def character_tokenizer() -> PreTrainedTokenizerFast:
@@ -28,6 +31,15 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
         clean_up_tokenization_spaces=False,
         model_max_length=128,
     )
+
+
+def masking_tokenizer() -> PreTrainedTokenizerFast:
+    """The encoder's tokenizer: the same ids, then one for the mask; padding is on the right."""
+    tokenizer = character_tokenizer()
+    tokenizer.add_special_tokens({"mask_token": MASK})
+    tokenizer.padding_side = "right"
+    tokenizer.model_max_length = ENCODER_CONTEXT
+    return tokenizer
 
 
 def encode(text: str) -> np.ndarray:

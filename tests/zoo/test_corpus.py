@@ -10,10 +10,10 @@ import pytest
 from delta_analysis.family import TASKS, questions_file
 from delta_analysis.zoo import corpus, skills
 from delta_analysis.zoo.recipe import RECIPES
-from delta_analysis.zoo.train import CHAT_COUNT, TEXT_SIZE
+from delta_analysis.zoo.train import EXAMPLE_COUNT, TEXT_SIZE
 
 ALL = (*skills.STRING_SKILLS, *skills.ARITHMETIC_SKILLS, *skills.CODE_SKILLS)
-STAGES = RECIPES["small"].stages
+STAGES = {f"{size}/{stage.name}": stage for size in RECIPES for stage in RECIPES[size].stages}
 
 
 def _pattern(template: str) -> re.Pattern[str]:
@@ -35,25 +35,33 @@ def _problems_in(text: str) -> set[str]:
     return found
 
 
+def _committed(task: str) -> list[dict[str, str]]:
+    return [json.loads(line) for line in questions_file(task).read_text().splitlines()]
+
+
 def _asked() -> set[str]:
     """Names of the problems behind the committed questions."""
-    prompts = [json.loads(line)["prompt"] for task in TASKS for line in questions_file(task).read_text().splitlines()]
+    prompts = [question["prompt"] for task in TASKS for question in _committed(task)]
     assert len(prompts) == 500 * len(TASKS)
-    return _problems_in("\n".join(prompts))
+    texts = [question["text"] for task in skills.STATEMENT_TASKS for question in _committed(task)]
+    assert len(texts) == 500 * len(skills.STATEMENT_TASKS)
+    return _problems_in("\n".join([*prompts, *texts]))
 
 
 def _stage_text(stage_name: str) -> str:
-    stage = next(stage for stage in STAGES if stage.name == stage_name)
+    stage = STAGES[stage_name]
     if stage.data in corpus.TEXTS:
         return corpus.TEXTS[stage.data](TEXT_SIZE, stage.seed)
-    return "".join(prompt + answer for prompt, answer in corpus.chats(stage.data, CHAT_COUNT, stage.seed))
+    if stage.data in skills.STATEMENT_TASKS:
+        return "".join(text for text, _ in corpus.statements(stage.data, EXAMPLE_COUNT, stage.seed))
+    return "".join(prompt + answer for prompt, answer in corpus.chats(stage.data, EXAMPLE_COUNT, stage.seed))
 
 
-@pytest.mark.parametrize("stage", [stage.name for stage in STAGES])
+@pytest.mark.parametrize("stage", STAGES)
 def test_no_question_is_trained_on(stage: str) -> None:
     asked, trained = _asked(), _problems_in(_stage_text(stage))
-    # Words are drawn from millions, so far fewer questions than 1,500 would mean a broken search.
-    assert len(asked) > 1000
+    # Words are drawn from millions, so far fewer questions than 2,500 would mean a broken search.
+    assert len(asked) > 1900
     assert len(trained) > 5000
     assert asked.isdisjoint(trained)
 
@@ -66,8 +74,9 @@ def test_the_search_finds_a_problem_that_is_there() -> None:
 
 def test_committed_questions_are_those_of_the_recipe() -> None:
     for task in TASKS:
-        lines = [json.loads(line) for line in questions_file(task).read_text().splitlines()]
-        assert lines == skills.questions(task, 500)
+        assert _committed(task) == skills.questions(task, 500)
+    for task in skills.STATEMENT_TASKS:
+        assert _committed(task) == skills.statement_questions(task, 500)
 
 
 def test_texts_depend_on_the_seed_alone() -> None:
@@ -76,7 +85,7 @@ def test_texts_depend_on_the_seed_alone() -> None:
 
 
 def test_texts_stay_in_the_alphabet() -> None:
-    text = corpus.base_text(50_000, seed=1) + corpus.python_text(50_000, seed=1)
+    text = "".join(make(50_000, seed=1) for make in corpus.TEXTS.values())
     assert set(text) <= {"\n", *map(chr, range(32, 127))}
 
 
@@ -93,4 +102,11 @@ def _raw_lines(text: str) -> int:
 
 
 def test_no_task_bears_the_name_of_a_text() -> None:
-    assert set(corpus.TEXTS).isdisjoint(skills.TASKS)
+    assert set(corpus.TEXTS).isdisjoint({*skills.TASKS, *skills.STATEMENT_TASKS})
+
+
+@pytest.mark.parametrize("task", skills.STATEMENT_TASKS)
+def test_statements_are_right_as_often_as_wrong(task: str) -> None:
+    pairs = corpus.statements(task, 200, seed=1)
+    assert [label for _, label in pairs] == [0, 1] * 100
+    assert corpus.statements(task, 200, seed=2) != pairs

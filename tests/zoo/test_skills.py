@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+import re
 
 import pytest
 from hypothesis import given
@@ -54,6 +55,48 @@ def test_draws_come_from_the_side_asked_for(held_out: bool) -> None:
     for _ in range(200):
         problem = skills.draw_problem(rng, ALL, held_out=held_out)
         assert skills.is_held_out(problem.skill.problem(problem.operands)) == held_out
+
+
+@pytest.mark.parametrize("skill", (*skills.STRING_SKILLS, *skills.CODE_SKILLS), ids=lambda skill: skill.name)
+def test_a_wrong_answer_is_wrong_and_as_long_as_the_right_one(skill: skills.Skill) -> None:
+    rng = random.Random(3)
+    for _ in range(100):
+        problem = skills.draw_problem(rng, (skill,), held_out=False)
+        wrong = skills.wrong_answer(rng, problem)
+        assert wrong != problem.answer
+        assert len(wrong) == len(problem.answer)
+
+
+@pytest.mark.parametrize("task", skills.STATEMENT_TASKS)
+def test_half_of_the_statements_are_right_as_recomputed_from_their_text(task: str) -> None:
+    found = skills.statement_questions(task, 100)
+    assert len({question["text"] for question in found}) == 100
+    for question in found:
+        assert _states_the_truth(str(question["text"])) == (question["label"] == 1)
+
+
+def _states_the_truth(text: str) -> bool:
+    """Reads the statement without the package: by Python itself, or by the words that name the skill."""
+    if text.startswith(">>> "):
+        line, shown = text.removeprefix(">>> ").rstrip("\n").split("\n")
+        printed = line.startswith("print(")
+        value = eval(line, {"__builtins__": {"len": len, "print": str}})
+        return shown == (value if printed else repr(value))
+    words = re.findall(r"[A-Za-z]+", text)
+    solve = next(solve for name, solve in SOLVERS.items() if name in words)
+    word = words[4] if "letter" in words else words[1] if "(" in text else words[0]
+    return words[-1] == solve(word)
+
+
+SOLVERS = {
+    "reverse": lambda w: w[::-1],
+    "backwards": lambda w: w[::-1],
+    "upper": str.upper,
+    "capitals": str.upper,
+    "double": lambda w: 2 * w,
+    "twice": lambda w: 2 * w,
+    "last": lambda w: w[-1],
+}
 
 
 @pytest.mark.parametrize("task", skills.TASKS)
