@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import pandas as pd
 import torch
@@ -18,7 +18,8 @@ from tqdm import tqdm
 from delta_analysis._errors import NotHomologousError, one_of
 from delta_analysis.checkpoint import Checkpoint, tokenizer_folder
 from delta_analysis.delta import Delta
-from delta_analysis.names import bare_name
+from delta_analysis.entry import Entry
+from delta_analysis.names import bare_name, output_head
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 """The dtypes that weights are saved in, and what safetensors calls them."""
@@ -36,16 +37,16 @@ COMPANIONS = (
 
 
 class Part(NamedTuple):
-    """A tensor to be saved: where it begins, what is added to it, and how it is stored."""
+    """A tensor to be saved: the model's own, what replaces it or its first rows, and how it is stored."""
 
-    base_name: str
-    delta_name: str | None
-    shape: tuple[int, ...]
+    own: Entry
+    start: Entry | None
+    delta_name: str
     dtype: str
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * getattr(torch, self.dtype).itemsize
+        return math.prod(self.own.shape) * getattr(torch, self.dtype).itemsize
 
 
 def save_checkpoint(
@@ -58,17 +59,18 @@ def save_checkpoint(
 ) -> pd.DataFrame:
     """Save `base + delta` as sharded safetensors with index, configuration and tokenizer.
 
-    Each tensor is `float32(base) + delta`, rounded once to the dtype it is stored in. Two tensors
-    are in memory at a time. A tensor of the base that the delta does not have, or a row of a grown
-    vocabulary, is saved as it is in the base. Configuration and tokenizer are the fine-tune's where
-    it has the same tensors as the result, else the base's.
+    Each tensor is `float32(base) + delta`, rounded once to the dtype it is stored in. What the delta
+    does not cover (a head, the rows of a grown vocabulary) is saved as the fine-tune has it, so that
+    a delta that was not pruned gives the fine-tune back. Of an adapter or a published delta it is
+    the base that is saved, with the delta added where there is one. A few tensors are in memory at a
+    time.
 
     Parameters
     ----------
     base : as from `open_checkpoint`.
     delta : as from `load_delta`, pruned or not.
     out_dir : a folder that does not exist yet, or is empty; it appears under this name when it is complete.
-    dtype : `float32`, `float16`, `bfloat16`, or None for that of each tensor in the base.
+    dtype : `float32`, `float16`, `bfloat16`, or None for that of each tensor now (float64 becomes float32).
     max_shard_size : the most bytes of a file, as a number or as text such as `"5GB"`.
 
     Returns
@@ -84,7 +86,8 @@ def save_checkpoint(
     NotHomologousError
         A tensor of the delta that the base does not have, or has in another shape.
     ValueError
-        An unknown dtype, or a weight beyond the range of the one asked for.
+        An unknown dtype, a weight beyond the range of the one asked for, or a delta that is the
+        fine-tuned weights themselves.
 
     Examples
     --------
@@ -101,15 +104,17 @@ def save_checkpoint(
     out = Path(out_dir).expanduser().absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out}: exists already; choose another out_dir, or remove it")
-    parts = _plan(base, delta, dtype)
-    companion = _companion(base, delta, parts)
+    model = base if delta.finetuned.is_difference else delta.finetuned
+    parts = _plan(base, delta, model, dtype)
+    # A bare file of weights has neither configuration nor tokenizer.
+    companion = model if model.config else base
     tokenizer = tokenizer_folder(companion)
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        table = _write_shards(base, delta, parts, partial, max_shard_size)
-        _write_config(companion, partial, dtype, own_head=any(name not in base for name in parts))
+        table = _write_shards(delta, parts, partial, max_shard_size)
+        _write_config(companion, partial, dtype, own_head=output_head(parts) is not None)
         for pattern in COMPANIONS if tokenizer else ():
             for file in sorted(tokenizer.glob(pattern)) if tokenizer else ():
                 # A repository may have a whole folder of this name.
@@ -122,47 +127,42 @@ def save_checkpoint(
     return table
 
 
-def _plan(base: Checkpoint, delta: Delta, dtype: str | None) -> dict[str, Part]:
-    """Every tensor of the result by the name that it is saved under."""
+def _plan(base: Checkpoint, delta: Delta, model: Checkpoint, dtype: str | None) -> dict[str, Part]:
+    """Every tensor of the model by its name, with what the delta makes of it."""
+    if delta.base is None and model is delta.finetuned:
+        raise ValueError(
+            f"{model.source}: the delta is the fine-tuned weights themselves; load it with its base to save their sum"
+        )
     short = {bare_name(name): name for name in base}
-    added: dict[str, str] = {}
-    own: list[tuple[str, str]] = []
+    changes: dict[str, tuple[Entry | None, str]] = {}
     for name, match in delta.compared.items():
         target = match.base_name or (name if name in base else short.get(bare_name(name), name))
-        needed = () if match.finetuned is None else match.finetuned.shape
-        there = base.entries[target].shape if target in base else None
-        if there is None or there[1:] != needed[1:] or there[:1] < needed[:1]:
+        start = base.entries.get(target)
+        if start is None or start.shape[1:] != match.shape[1:] or start.shape[:1] < match.shape[:1]:
             raise NotHomologousError(
-                f"{base.source}: tensor {target!r} has shape {there}, where the delta changes one of {needed}; "
-                "save with the base that the delta was taken from"
+                f"{base.source}: tensor {target!r} has shape {start and start.shape}, where the delta changes one of "
+                f"{match.shape}; save with the base that the delta was taken from"
             )
-        if bare_name(name) == bare_name(target):
-            added[target] = name
-        else:
-            own.append((name, target))
-    stored = {name: dtype or _storable(base, name) for name in base}
-    parts = {name: Part(name, added.get(name), base.entries[name].shape, stored[name]) for name in base}
-    # A head of its own, where the base ties its head to the embeddings.
-    parts.update({name: Part(target, name, base.entries[target].shape, stored[target]) for name, target in own})
+        place = target if model is base else name
+        if bare_name(place) != bare_name(name):
+            raise NotHomologousError(
+                f"{base.source}: ties {name!r} to {target!r}, and the delta changes the first alone; "
+                "save with a base that has both"
+            )
+        changes[place] = start, name
+    parts = {}
+    for name, own in model.entries.items():
+        start, delta_name = changes.get(name, (None, ""))
+        parts[name] = Part(own, start, delta_name, dtype or _storable(own))
     return parts
 
 
-def _storable(base: Checkpoint, name: str) -> str:
-    stored = str(base.entries[name].dtype).removeprefix("torch.")
+def _storable(entry: Entry) -> str:
+    stored = str(entry.dtype).removeprefix("torch.")
     return stored if stored in DTYPES else "float32"
 
 
-def _companion(base: Checkpoint, delta: Delta, parts: dict[str, Part]) -> Checkpoint:
-    """The side whose configuration and tokenizer fit the result."""
-    tuned = delta.finetuned
-    shapes = {name: entry.shape for name, entry in tuned.entries.items()}
-    same = shapes == {name: part.shape for name, part in parts.items()}
-    return tuned if same and tuned.config and not tuned.is_difference else base
-
-
-def _write_shards(
-    base: Checkpoint, delta: Delta, parts: dict[str, Part], folder: Path, max_shard_size: int | str
-) -> pd.DataFrame:
+def _write_shards(delta: Delta, parts: dict[str, Part], folder: Path, max_shard_size: int | str) -> pd.DataFrame:
     split = split_state_dict_into_shards_factory(
         parts,
         get_storage_size=lambda part: part.nbytes,
@@ -176,7 +176,7 @@ def _write_shards(
 
             def tensors(file: str = file, names: Iterable[str] = names) -> Iterator[torch.Tensor]:
                 for name in names:
-                    tensor, row = _sum(base, delta, parts[name])
+                    tensor, row = _sum(name, delta, parts[name])
                     rows.append({"tensor": name, "file": file, **row})
                     bar.update()
                     yield tensor
@@ -188,27 +188,27 @@ def _write_shards(
     return pd.DataFrame(rows)
 
 
-def _sum(base: Checkpoint, delta: Delta, part: Part) -> tuple[torch.Tensor, dict[str, object]]:
+def _sum(name: str, delta: Delta, part: Part) -> tuple[torch.Tensor, dict[str, object]]:
     """The tensor to be stored, and what its rounding did to the delta."""
     dtype = getattr(torch, part.dtype)
-    weight = base[part.base_name].to(torch.float32)
     changed = lost = 0
-    stored = weight.to(dtype)
-    if part.delta_name is not None:
-        change = delta[part.delta_name]
-        head = weight[: len(change)] if change.dim() else weight
-        rounded = (head + change).to(dtype)
-        before = stored[: len(change)] if change.dim() else stored
-        changed = int(torch.count_nonzero(change))
-        lost = int(((change != 0) & (rounded == before)).sum())
-        stored = torch.cat([rounded, stored[len(change) :]]) if change.dim() and len(change) < len(stored) else rounded
-        beyond = int((torch.isinf(rounded) & torch.isfinite(head + change)).sum())
+    if part.start is None:
+        weight = part.own.read().to(torch.float32)
+        stored = weight.to(dtype)
     else:
-        beyond = int((torch.isinf(stored) & torch.isfinite(weight)).sum())
-    if beyond:
+        change = delta[part.delta_name]
+        rows = slice(len(change)) if change.dim() else ...
+        start = part.start.read()[rows].to(torch.float32)
+        weight = start + change
+        rounded = weight.to(dtype)
+        changed = int(torch.count_nonzero(change))
+        lost = int(((change != 0) & (rounded == start.to(dtype))).sum())
+        grown = weight.shape != part.own.shape
+        stored = torch.cat([rounded, part.own.read()[len(change) :].to(dtype)]) if grown else rounded
+    beyond = int(torch.isinf(stored).sum() - torch.isinf(weight).sum())
+    if beyond > 0:
         raise ValueError(
-            f"tensor {part.base_name!r} has {beyond} entries beyond the range of {part.dtype}; "
-            "save in bfloat16 or float32"
+            f"tensor {name!r} has {beyond} entries beyond the range of {part.dtype}; save in bfloat16 or float32"
         )
     counts = {"changed": changed, "lost": lost, "lost_share": lost / changed if changed else 0.0}
     return stored, {"dtype": part.dtype, "numel": stored.numel(), **counts}
@@ -220,7 +220,7 @@ def _write_file(path: Path, parts: dict[str, Part], tensors: Iterator[torch.Tens
     end = 0
     for name, part in parts.items():
         begin, end = end, end + part.nbytes
-        header[name] = {"dtype": DTYPES[part.dtype], "shape": list(part.shape), "data_offsets": [begin, end]}
+        header[name] = {"dtype": DTYPES[part.dtype], "shape": list(part.own.shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
@@ -235,12 +235,10 @@ def _sync(file: BinaryIO) -> None:
     os.fsync(file.fileno())
 
 
-def _write_config(side: Checkpoint, folder: Path, dtype: str | None, *, own_head: bool) -> None:
-    if not side.config:
-        return
-    config = dict(side.config)
-    if dtype is not None:
-        config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
-    if own_head:
-        config["tie_word_embeddings"] = False
-    (folder / "config.json").write_text(json.dumps(config, indent=1, default=str) + "\n", encoding="utf-8")
+def _write_config(model: Checkpoint, folder: Path, dtype: str | None, *, own_head: bool) -> None:
+    if model.config:
+        changed: dict[str, Any] = {"torch_dtype" if "torch_dtype" in model.config else "dtype": dtype} if dtype else {}
+        if own_head and model.ties_head:
+            changed["tie_word_embeddings"] = False
+        text = json.dumps({**model.config, **changed}, indent=1, default=str)
+        (folder / "config.json").write_text(text + "\n", encoding="utf-8")

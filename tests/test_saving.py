@@ -22,7 +22,7 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertForMaskedLM,
-    BertModel,
+    BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
     MixtralConfig,
@@ -51,8 +51,8 @@ def moved(model: PreTrainedModel, spread: float = 0.01) -> PreTrainedModel:
     return moved
 
 
-def tiny_bert() -> BertForMaskedLM:
-    torch.manual_seed(0)
+def tiny_bert(seed: int = 0) -> BertForMaskedLM:
+    torch.manual_seed(seed)
     sizes = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2}
     return BertForMaskedLM(BertConfig(vocab_size=11, max_position_embeddings=16, **sizes))
 
@@ -123,9 +123,10 @@ def test_the_dtype_asked_for_is_that_of_files_and_configuration(
 ) -> None:
     stored = {"a.weight": torch.float16, "b.weight": torch.bfloat16, "c.weight": torch.float64, "d.weight": None}
     base = {name: normal(i, 5).to(kept or torch.float32) for i, (name, kept) in enumerate(stored.items())}
-    finetuned = {name: normal(9, 5) for name in base}
-    folder = save_checkpoint("base", base, config={"dtype": "float16", "hidden_size": 5})
-    delta = load_delta(base=folder, finetuned=save_checkpoint("finetuned", finetuned))
+    finetuned = {name: normal(9, 5).to(tensor.dtype) for name, tensor in base.items()}
+    folder = save_checkpoint("base", base)
+    config = {"dtype": "float16", "hidden_size": 5}
+    delta = load_delta(base=folder, finetuned=save_checkpoint("finetuned", finetuned, config=config))
     table = saving.save_checkpoint(open_checkpoint(folder), delta, tmp_path / "out", dtype=dtype).set_index("tensor")
     # safetensors that transformers loads are no wider than float32.
     each = ["float16", "bfloat16", "float32", "float32"] if dtype is None else [dtype] * 4
@@ -192,18 +193,22 @@ def test_a_folder_of_a_tokenizers_name_is_left_behind(save_checkpoint: SaveCheck
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["model.safetensors", "tokenizer.model"]
 
 
-def test_the_fine_tunes_own_configuration_is_kept_where_its_tensors_are(
-    save_checkpoint: SaveCheckpoint, tmp_path: Path
-) -> None:
+def test_the_configuration_is_the_models_that_is_saved(save_checkpoint: SaveCheckpoint, tmp_path: Path) -> None:
     base = save_checkpoint("base", {"a.weight": torch.ones(2, 2)}, config={"rope_theta": 1e4})
-    longer = save_checkpoint("longer", {"a.weight": torch.full((2, 2), 0.5)}, config={"rope_theta": 1e6})
-    grown = save_checkpoint(
-        "grown", {"a.weight": torch.full((2, 2), 0.5), "b.weight": torch.ones(1)}, config={"rope_theta": 1e6}
-    )
-    for finetuned, theta in ((longer, 1e6), (grown, 1e4)):
-        delta = load_delta(base=base, finetuned=finetuned)
-        saving.save_checkpoint(open_checkpoint(base), delta, tmp_path / f"out {theta}")
-        assert json.loads((tmp_path / f"out {theta}" / "config.json").read_text()) == {"rope_theta": theta}
+    change = {"a.weight": torch.full((2, 2), 0.5)}
+    longer = save_checkpoint("longer", change, config={"rope_theta": 1e6})
+    bare = save_checkpoint("bare", change)
+    for i, (finetuned, is_delta, theta) in enumerate(((longer, False, 1e6), (longer, True, 1e4), (bare, False, 1e4))):
+        delta = load_delta(base=base, finetuned=finetuned, finetuned_is_delta=is_delta)
+        saving.save_checkpoint(open_checkpoint(base), delta, tmp_path / str(i))
+        assert json.loads((tmp_path / str(i) / "config.json").read_text()) == {"rope_theta": theta}
+
+
+def test_a_delta_from_zero_is_refused(save_checkpoint: SaveCheckpoint, tmp_path: Path) -> None:
+    folder = save_checkpoint("base", {"a.weight": torch.ones(2, 2)})
+    with pytest.raises(ValueError, match="load it with its base"):
+        saving.save_checkpoint(open_checkpoint(folder), load_delta(base=None, finetuned=folder), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_module_is_saved_as_its_folder_would_be(tmp_path: Path) -> None:
@@ -231,23 +236,35 @@ def test_a_head_of_its_own_is_saved_beside_embeddings_that_the_base_ties(tmp_pat
     torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "empty")), logits(model))
 
 
-def test_a_wrapped_base_keeps_its_names_and_what_the_fine_tune_lacks(tmp_path: Path) -> None:
+def test_what_the_delta_does_not_cover_is_the_fine_tunes_own(tmp_path: Path) -> None:
     model = tiny_bert()
-    tuned = moved(model)
     model.save_pretrained(tmp_path / "base")
-    tuned.bert.save_pretrained(tmp_path / "finetuned")
+    tuned = BertForSequenceClassification(model.config)
+    tuned.save_pretrained(tmp_path / "finetuned")
     delta = load_delta(base=tmp_path / "base", finetuned=tmp_path / "finetuned")
     table = saving.save_checkpoint(open_checkpoint(tmp_path / "base"), delta, tmp_path / "out").set_index("tensor")
-    loaded = BertForMaskedLM.from_pretrained(tmp_path / "out")
+    loaded = BertForSequenceClassification.from_pretrained(tmp_path / "out")
     for name, parameter in loaded.named_parameters():
-        side = tuned if name.startswith("bert.") else model
-        torch.testing.assert_close(parameter, dict(side.named_parameters())[name], rtol=2e-7, atol=1e-8)
-    assert table.loc["cls.predictions.transform.dense.weight", "changed"] == 0
-    assert isinstance(BertModel.from_pretrained(tmp_path / "out", add_pooling_layer=False), BertModel)
+        torch.testing.assert_close(parameter, dict(tuned.named_parameters())[name], rtol=2e-7, atol=1e-7)
+    assert table.loc["classifier.weight", "changed"] == 0
+
+
+def test_a_published_delta_is_added_to_its_wrapped_base(tmp_path: Path) -> None:
+    model = tiny_bert()
+    model.save_pretrained(tmp_path / "base")
+    change = tiny_bert(seed=3)
+    change.bert.save_pretrained(tmp_path / "change")
+    delta = load_delta(base=tmp_path / "base", finetuned=tmp_path / "change", finetuned_is_delta=True)
+    saving.save_checkpoint(open_checkpoint(tmp_path / "base"), delta, tmp_path / "out")
+    loaded = BertForMaskedLM.from_pretrained(tmp_path / "out")
+    changes = dict(change.named_parameters())
+    for (name, parameter), start in zip(loaded.named_parameters(), model.parameters(), strict=True):
+        expected = start + changes[name] if name.startswith("bert.") else start
+        torch.testing.assert_close(parameter, expected, rtol=2e-7, atol=1e-8)
 
 
 @pytest.mark.parametrize(("base_rows", "tuned_rows"), [(9, 11), (11, 9)])
-def test_rows_of_a_vocabulary_that_only_one_side_has_are_the_bases(
+def test_rows_of_a_vocabulary_are_those_of_the_fine_tune(
     save_checkpoint: SaveCheckpoint, tmp_path: Path, base_rows: int, tuned_rows: int
 ) -> None:
     names = ("model.embed_tokens.weight", "lm_head.weight")
@@ -261,13 +278,11 @@ def test_rows_of_a_vocabulary_that_only_one_side_has_are_the_bases(
     table = saving.save_checkpoint(open_checkpoint(folder), delta, tmp_path / "out")
     saved = load_file(tmp_path / "out" / "model.safetensors")
     for name in names:
-        expected = base[name].clone()
-        expected[:9] = tuned[name][:9]
-        torch.testing.assert_close(saved[name], expected, rtol=1e-6, atol=1e-6)
-        assert torch.equal(saved[name][9:], base[name][9:])
+        torch.testing.assert_close(saved[name], tuned[name], rtol=1e-6, atol=1e-6)
+        assert torch.equal(saved[name][9:], tuned[name][9:])
     assert table["changed"].tolist() == [36, 36]
-    assert table["numel"].tolist() == [4 * base_rows] * 2
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == base_rows
+    assert table["numel"].tolist() == [4 * tuned_rows] * 2
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == tuned_rows
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # of peft, about itself
