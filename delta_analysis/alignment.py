@@ -57,7 +57,8 @@ def align(base: Checkpoint | None, finetuned: Checkpoint, vocab: Vocabulary) -> 
     if vocab not in VOCABULARIES:
         raise ValueError(one_of("vocab", vocab, VOCABULARIES))
     partners = {} if base is None else _partners(base, finetuned)
-    matches = [_match(name, partners.get(name), base, finetuned, vocab) for name in finetuned]
+    turned = finetuned if base is None else _with_turned_factors(finetuned, base, partners)
+    matches = [_match(name, partners.get(name), base, turned, vocab) for name in finetuned]
     taken = set(partners.values())
     if base is not None:
         matches += [_only_in_base(name, base, finetuned) for name in base if name not in taken]
@@ -88,6 +89,31 @@ def _bare_names(names: Iterable[str]) -> dict[str, str]:
     return {short: name for name, short in bare.items() if count[short] == 1}
 
 
+def _with_turned_factors(finetuned: Checkpoint, base: Checkpoint, partners: dict[str, str]) -> Checkpoint:
+    """The adapter with those factors turned that its one flag has the wrong way round.
+
+    peft keeps the flag of the last module that it wrapped, which is wrong for modules of another kind.
+    """
+    shapes = {
+        name: base.entries[partners[name]].shape
+        for name, entry in finetuned.entries.items()
+        if isinstance(entry, LowRank) and name in partners
+    }
+    turned = {
+        name: replace(entry, transposed=not entry.transposed)
+        for name, entry in finetuned.entries.items()
+        if isinstance(entry, LowRank) and name in shapes and entry.shape != shapes[name] == entry.shape[::-1]
+    }
+    square = [name for name, shape in shapes.items() if len(shape) == 2 and shape[0] == shape[1]]
+    if turned and square:
+        raise NotHomologousError(
+            f"{finetuned.source}: fan_in_fan_out is wrong for {next(iter(turned))!r}, and whether it is for the square "
+            f"{square[0]!r} cannot be told; merge the adapter into its base with peft's merge_and_unload() and "
+            "save_pretrained, then open that folder as the fine-tune"
+        )
+    return replace(finetuned, entries={**finetuned.entries, **turned})
+
+
 def _match(name: str, partner: str | None, base: Checkpoint | None, finetuned: Checkpoint, vocab: Vocabulary) -> Match:
     tuned = finetuned.entries[name]
     if base is None or partner is None:
@@ -95,14 +121,12 @@ def _match(name: str, partner: str | None, base: Checkpoint | None, finetuned: C
             return Match(name, "only in finetuned", "the base has no tensor of this name", tuned, None)
         return Match(name, COMPARED, "" if finetuned.is_difference else "difference from zero", tuned, None)
     start = base.entries[partner]
-    if isinstance(tuned, LowRank) and tuned.shape != start.shape == tuned.shape[::-1]:
-        # An adapter's one flag for this is wrong for some of its modules if they are of different kinds.
-        tuned = replace(tuned, transposed=not tuned.transposed)
     reason = "" if partner == name else f"with {partner} of the base"
     if tuned.shape == start.shape:
         return Match(name, COMPARED, reason, tuned, start, partner)
     shapes = f"{start.shape} against {tuned.shape}"
-    if not _grown(tuned, finetuned) or not _grown(start, base) or tuned.shape[1:] != start.shape[1:]:
+    grown = _has_row_a_token(name, tuned, finetuned) and _has_row_a_token(partner, start, base)
+    if not grown or tuned.shape[1:] != start.shape[1:]:
         return Match(name, "shape differs", shapes, tuned, start, partner)
     if vocab == "error":
         raise NotHomologousError(
@@ -117,11 +141,14 @@ def _match(name: str, partner: str | None, base: Checkpoint | None, finetuned: C
     )
 
 
-def _grown(entry: Entry, side: Checkpoint) -> bool:
-    """Whether the entry has a row for each token, and can be cut."""
-    embedding = input_embedding(side)
+def _has_row_a_token(name: str, entry: Entry, side: Checkpoint) -> bool:
+    """Whether this is the embeddings, the output head or its bias, with a row for each token, and can be cut."""
+    embedding, head = input_embedding(side), output_head(side)
+    head_bias = name.endswith("bias") and any(part in name for part in ("lm_head", "embed_out", "cls.predictions"))
     cuttable = isinstance(entry, Held) or (isinstance(entry, Stored) and entry.strides is None)
-    return bool(cuttable and embedding and entry.shape and entry.shape[0] == side.entries[embedding].shape[0])
+    if not (cuttable and embedding and entry.shape and (name in (embedding, head) or head_bias)):
+        return False
+    return entry.shape[0] == side.entries[embedding].shape[0]
 
 
 def _first(entry: Entry, rows: int) -> Entry:
@@ -133,7 +160,9 @@ def _first(entry: Entry, rows: int) -> Entry:
 
 def _only_in_base(name: str, base: Checkpoint, finetuned: Checkpoint) -> Match:
     reason = "the fine-tuned checkpoint has no tensor of this name"
-    if finetuned.is_difference:
+    if name in finetuned.skipped:
+        reason = finetuned.skipped[name]
+    elif finetuned.is_difference:
         reason = "the fine-tune leaves it as it is"
     elif name == output_head(base) and finetuned.ties_head:
         reason = f"the fine-tuned model ties its head to {input_embedding(finetuned)}"
@@ -153,8 +182,7 @@ def coverage_table(matches: list[Match], base: Checkpoint | None, finetuned: Che
         for key, entry in sides.items():
             row[f"{key}_shape"] = str(entry.shape) if entry else ""
             row[f"{key}_dtype"] = str(entry.dtype).removeprefix("torch.") if entry else ""
-        here = sides["finetuned"] or sides["base"]
-        row["numel"] = math.prod(here.shape) if here else 0
+        row["numel"] = max(math.prod(entry.shape) if entry else 0 for entry in sides.values())
         row["numel_compared"] = math.prod(match.finetuned.shape) if match.finetuned and match.status == COMPARED else 0
         rows.append(row)
     return pd.DataFrame(rows)

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from delta_analysis._errors import CheckpointError
-from delta_analysis.adapter import adapter_entries, is_adapter
+from delta_analysis.adapter import LowRank, adapter_entries, is_adapter
 from delta_analysis.configuration import text_settings
 from delta_analysis.entry import Entry, Held, Stored
 from delta_analysis.folder import read_config, read_folder
@@ -24,7 +24,8 @@ from delta_analysis.paths import zoo_model
 Source = str | Path | torch.nn.Module
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 BUFFER_DTYPES = (torch.int64, torch.bool)
-FLOAT_BUFFERS = ("rotary_emb.inv_freq", "attn.masked_bias")
+BUFFERS = ("inv_freq", "masked_bias")
+CAUSAL_MASKS = ("attn.bias", "attention.bias")
 COMPARED_AT_ONCE = 2**20
 
 
@@ -107,6 +108,8 @@ def open_checkpoint(source: Source) -> Checkpoint:
     """
     if isinstance(source, torch.nn.Module):
         config = getattr(source, "config", None)
+        if any(tensor.is_meta for tensor in source.parameters()):
+            raise CheckpointError(f"{type(source).__name__}: has parameters without data; load its weights first")
         held: dict[str, Entry] = {name: Held(tensor.detach()) for name, tensor in source.named_parameters()}
         settings = config.to_dict() if isinstance(config, PreTrainedConfig) else {}
         return _checkpoint(type(source).__name__, None, held, {}, settings)
@@ -120,6 +123,8 @@ def open_checkpoint(source: Source) -> Checkpoint:
 def find_checkpoint(source: str | Path) -> Path:
     """The directory or file that a source names, fetched if it is on the hub."""
     text = str(source)
+    if not text:
+        raise CheckpointError("the source is empty; expected a path, a hub id or an embedded model")
     if text.startswith("zoo:"):
         return zoo_model(text)
     if text.startswith(PAIR):
@@ -151,6 +156,11 @@ def tokenizer_folder(checkpoint: Checkpoint) -> Path | None:
 def _checkpoint(
     source: str, path: Path | None, found: Mapping[str, Entry], skipped: dict[str, str], config: dict[str, Any]
 ) -> Checkpoint:
+    factor = next((name for name, entry in found.items() if ".lora_" in name and not isinstance(entry, LowRank)), None)
+    if factor:
+        raise CheckpointError(
+            f"{path or source}: {factor!r} is a factor of an adapter; give the folder with its adapter_config.json"
+        )
     buffers = {name: reason for name, entry in found.items() if (reason := _not_a_weight(source, name, entry))}
     repeated = {name: f"tied to {first}, counted there" for name, first in _repeated(found).items()}
     skipped = {**skipped, **repeated, **buffers}
@@ -178,7 +188,7 @@ def _place(entry: Entry) -> object:
 
 def _not_a_weight(source: str, name: str, entry: Entry) -> str | None:
     """Why the tensor is a buffer, None if it is a weight; integer weights are an error."""
-    if name.endswith(FLOAT_BUFFERS) or (name.endswith("attn.bias") and len(entry.shape) == 4):
+    if name.endswith(BUFFERS) or (name.endswith(CAUSAL_MASKS) and len(entry.shape) == 4):
         return "buffer that the model computes, not a weight"
     if entry.dtype in FLOAT_DTYPES:
         return None

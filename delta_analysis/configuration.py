@@ -12,6 +12,13 @@ from transformers import CONFIG_MAPPING
 
 Config = Mapping[str, Any]
 UNSTATED = "not stated"
+READ = (
+    "model_type", "vocab_size", "tie_word_embeddings", "hidden_act", "activation_function", "hidden_activation",
+    "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps", "rope_theta", "rope_scaling",
+    "rope_parameters", "num_attention_heads", "n_head", "num_key_value_heads", "head_dim", "hidden_size", "n_embd",
+    "sliding_window", "use_sliding_window", "num_experts_per_tok",
+)  # fmt: skip
+"""What the settings below are read from: transformers would make lists as long as others say, such as num_labels."""
 
 
 def config_differences(base: Config, finetuned: Config) -> pd.DataFrame:
@@ -56,8 +63,17 @@ def _with_defaults(config: Config) -> Config:
         return stated
     try:
         # A copy, since transformers writes into the dicts that it is given.
-        return CONFIG_MAPPING[kind].from_dict(deepcopy(stated)).to_dict()
-    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return CONFIG_MAPPING[kind].from_dict({key: deepcopy(stated[key]) for key in READ if key in stated}).to_dict()
+    except (
+        StrictDataclassError,
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        IndexError,
+        ArithmeticError,
+        RecursionError,
+    ):
         # Settings that this version of transformers refuses are still compared as they are stated.
         return stated
 
@@ -91,9 +107,9 @@ def _scaling(rope: dict[str, Any]) -> object:
     return scaling if scaling.get("rope_type", "default") != "default" else "none"
 
 
-def _text(value: object) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {_text(each)}".strip() for key, each in sorted(value.items()))
+def _text(value: object, levels: int = 3) -> str:
+    if isinstance(value, dict) and levels:
+        return ", ".join(f"{key} {_text(each, levels - 1)}".strip() for key, each in sorted(value.items()))
     # As text 10000.0 is 10000.
     return f"{value:.15g}" if isinstance(value, float) else str(value)
 

@@ -108,8 +108,8 @@ class Delta(Mapping[str, torch.Tensor]):
 
         Columns: `tensor`; `status`, which is `compared`, `only in base`, `only in finetuned`,
         `shape differs` or `skipped`; `reason`; `base_shape`, `finetuned_shape`, `base_dtype`,
-        `finetuned_dtype`, empty where a side lacks it as a weight; `numel`, of the fine-tuned side
-        where it has one; `numel_compared`, how many of these are compared.
+        `finetuned_dtype`, empty where a side lacks it as a weight; `numel`, of the larger side;
+        `numel_compared`, how many of these are compared.
         """
         return coverage_table(list(self.matches), self.base, self.finetuned)
 
@@ -130,8 +130,9 @@ def load_delta(
     Parameters
     ----------
     base, finetuned : sources as `open_checkpoint` takes them, or `pair:NAME` for both (see
-        `known_pairs`). With `base=None` the delta is the fine-tuned model itself, as a difference
-        from zero. Of a LoRA adapter the delta is formed from its factors; its base may be None.
+        `known_pairs`). With `base=None`, also beside `pair:NAME`, the delta is the fine-tuned
+        model itself, as a difference from zero. Of a LoRA adapter the delta is formed from its
+        factors; its base may be None.
     vocab : where one side has more tokens than the other, `common` compares the rows that both
         have, and `Delta.coverage` counts the rest; `error` refuses.
     finetuned_is_delta : the fine-tuned source holds differences already, as some models are
@@ -149,7 +150,8 @@ def load_delta(
     Warns
     -----
     UserWarning
-        Fine-tuned weights so small beside the base's that they must be a published delta.
+        An adapter with whole weights beside its factors; or fine-tuned weights so small beside the
+        base's that they must be a published delta.
 
     Examples
     --------
@@ -165,10 +167,21 @@ def load_delta(
     if finetuned_is_delta:
         tuned = replace(tuned, is_difference=True)
     start = None if base is None else open_checkpoint(base)
+    if start is not None and start.is_difference:
+        raise NotHomologousError(
+            f"{start.source}: is an adapter, not a base; give the model that it was trained on as base, "
+            "and the adapter as finetuned"
+        )
     delta = Delta(start, tuned, tuple(align(start, tuned, vocab)))
     if not len(delta):
         raise _not_homologous(delta)
-    if not tuned.is_difference:
+    if tuned.is_difference and tuned.skipped:
+        warnings.warn(
+            f"{tuned.source}: {len(tuned.skipped)} of its tensors are not in the delta, such as "
+            f"{next(iter(tuned.skipped))!r} ({next(iter(tuned.skipped.values()))}); coverage() lists them",
+            stacklevel=2,
+        )
+    elif not tuned.is_difference:
         _warn_of_published_delta(delta)
     return delta
 

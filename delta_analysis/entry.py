@@ -117,4 +117,5 @@ class Held:
         return ()
 
     def read(self) -> torch.Tensor:
-        return self.tensor
+        # A copy, so that nobody writes into a model by way of its delta.
+        return self.tensor.to("cpu", copy=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ LAYOUTS = (
     ("model.safetensors", "model.safetensors.index.json", "*.safetensors"),
     ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model*.bin"),
 )
-"""Single file, index, and shards without an index; the first layout that is there is read."""
+"""Single file, index, and shards without an index."""
 LONGEST_NAME = 80
 """Of a shard; file systems take 255 bytes, and a character may have three."""
+LFS = b"version https://git-lfs"
 MOST_JSON = 2**25
 """Bytes that are believed to be an honest index or configuration; the index of 10^5 tensors has some 2^23."""
 
@@ -33,7 +35,9 @@ def read_folder(path: Path) -> dict[str, Entry]:
     if not path.is_dir():
         return read_header(_regular(path))
     found: dict[str, Entry] = {}
-    for file, (promised, index) in _weight_files(path).items():
+    files = _weight_files(path)
+    owner = {name: file for file, (promised, _) in files.items() for name in promised}
+    for file, (promised, index) in files.items():
         header = read_header(_regular(file))
         missing = sorted(promised - header.keys())
         if missing:
@@ -41,6 +45,8 @@ def read_folder(path: Path) -> dict[str, Entry]:
                 f"{file}: tensor {missing[0]!r} is named in {index} but is not in the shard "
                 f"({len(missing)} such); the shard and the index come from different saves, fetch both again"
             )
+        # A tensor in two shards is that of the shard that the index names.
+        header = {name: entry for name, entry in header.items() if owner.get(name, file) == file}
         twice = sorted(found.keys() & header.keys())
         if twice:
             other = found[twice[0]].files
@@ -55,21 +61,31 @@ def read_folder(path: Path) -> dict[str, Entry]:
 def _regular(file: Path) -> Path:
     """A file that can be read twice from any place, unlike a pipe, which would wait for ever."""
     if file.is_file() and file.suffix in (".safetensors", ".bin"):
+        with file.open("rb") as opened:
+            if opened.read(len(LFS)) == LFS:
+                raise CheckpointError(
+                    f"{file}: a pointer of Git LFS, not the weights: run `git lfs pull` in its folder"
+                )
         return file
     raise CheckpointError(f"{file}: expected a .safetensors or .bin file; convert it with save_pretrained first")
 
 
 def _weight_files(path: Path) -> dict[Path, tuple[set[str], str]]:
     """The files to read, each with the names that an index promises in it and the index's own name."""
-    for single, index, pattern in LAYOUTS:
+    # As transformers does: a single file goes before shards that an earlier save left behind.
+    for single, index, _ in LAYOUTS:
+        if (path / single).exists():
+            return {path / single: (set(), "")}
         if (path / index).exists():
             return _indexed(path / index)
-        files = [path / single] if (path / single).exists() else sorted(path.glob(pattern))
+    for _, _, pattern in LAYOUTS:
+        files = sorted(path.glob(pattern))
         if files:
             return {file: (set(), "") for file in files}
+    held = Counter(file.suffix or file.name for file in path.iterdir()).most_common(8)
     raise CheckpointError(
         f"{path}: no weights here; expected model.safetensors or pytorch_model.bin, or shards of either with their "
-        f"index ({LAYOUTS[0][1]} or {LAYOUTS[1][1]})"
+        f"index ({LAYOUTS[0][1]} or {LAYOUTS[1][1]}), got {', '.join(f'{n} {kind}' for kind, n in held) or 'nothing'}"
     )
 
 

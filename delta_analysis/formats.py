@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
 import zipfile
+from io import SEEK_END, BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from delta_analysis._errors import CheckpointError
-from delta_analysis.entry import Entry, Held, Stored
+from delta_analysis.entry import Entry, Stored
+from delta_analysis.pickled import Storage, View, read_pickle
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -31,16 +34,21 @@ SAFETENSORS_DTYPES = {
 }
 MOST_DIMENSIONS = 64
 """Of a tensor that torch computes with."""
-ZIP = b"PK\x03\x04"
-MOST_PICKLED = 2**25
+ZIP, LITTLE = b"PK\x03\x04", b"little"
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+MOST_PICKLED = 2**22
 """Bytes that are believed to be an honest pickle of names and shapes; a tensor takes some 200."""
+Place = tuple[int, int]
+"""Where a storage begins in its file, and its bytes."""
+Contents = tuple[dict[str, View], dict[str, Place]]
+"""The tensors by name, and the places of storages by key."""
 
 
 def read_header(file: Path) -> dict[str, Entry]:
     """The tensors of a `.safetensors` or `.bin` file by name, not yet read.
 
-    Nothing in a pickle is executed: torch reads it with `weights_only`. A `.bin` file in the form
-    that torch had before version 1.6 cannot be read in parts; its tensors are held in memory.
+    Nothing in a pickle is executed: it is read as data, whether it lies in a zip archive or in the
+    form that torch had before version 1.6.
 
     Raises
     ------
@@ -83,84 +91,98 @@ def _torch_header(file: Path) -> dict[str, Entry]:
     try:
         with file.open("rb") as opened:
             is_zip = opened.read(len(ZIP)) == ZIP
-        records = _zip_records(file) if is_zip else None
-        tensors = torch.load(file, map_location="meta", weights_only=True)
-        _check_tensors(tensors)
-        if records is None:
-            return _hold(file, tensors)
-        return {name: _place(file, name, tensor, records) for name, tensor in tensors.items()}
-    except CheckpointError:
-        raise
+            opened.seek(0)
+            views, places = _zip_contents(opened) if is_zip else _legacy_contents(opened)
+        return {name: _place(file, name, view, places) for name, view in views.items()}
     # What a damaged or hostile file makes the parsers raise cannot be listed.
     except Exception as error:
-        # Of torch's own text only the cause: the rest recommends to switch this protection off.
-        lines = (line.strip() for line in str(error).splitlines() if "weights_only" not in line)
-        reason = next(filter(None, lines), "unknown cause")
+        reason = str(error).strip().split("\n")[0]
         raise CheckpointError(
             f"{file}: not a readable checkpoint of tensors ({type(error).__name__}: {reason}); code in it is never "
             "run: fetch it again from a source that you trust, in safetensors if there is one"
         ) from error
 
 
-def _zip_records(file: Path) -> dict[int, int]:
-    """Offset of each record of a zip file -> its size; they must be as torch writes them, uncompressed."""
-    with zipfile.ZipFile(file) as archive, file.open("rb") as opened:
-        infos = archive.infolist()
-        size = file.stat().st_size
-        if any(info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 for info in infos):
+def _zip_contents(opened: BinaryIO) -> Contents:
+    """The contents of an archive as torch writes it, with nothing compressed."""
+    with zipfile.ZipFile(opened) as archive:
+        infos = {info.filename: info for info in archive.infolist()}
+        if len(infos) < len(archive.infolist()):
+            raise ValueError("it has two records of one name")
+        if any(info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 for info in infos.values()):
             raise ValueError("it has compressed or encrypted records, which torch never writes")
-        if sum(info.file_size for info in infos) > size:
-            raise ValueError("its records are larger than the file")
-        if any(info.file_size > MOST_PICKLED for info in infos if info.filename.endswith(".pkl")):
+        if any(info.compress_size != info.file_size for info in infos.values()):
+            raise ValueError("it has a record of two sizes")
+        roots = [name.removesuffix("data.pkl") for name in infos if re.fullmatch("[^/]+/data.pkl", name)]
+        if len(roots) != 1:
+            raise ValueError(f"it has {len(roots)} pickles of tensors, and torch writes one")
+        root = roots[0]
+        if infos[f"{root}data.pkl"].file_size > MOST_PICKLED:
             raise ValueError(f"its pickle is larger than {MOST_PICKLED} bytes")
-        if any(archive.read(info) != b"little" for info in infos if info.filename.rpartition("/")[2] == "byteorder"):
+        order = infos.get(f"{root}byteorder")
+        if order and (order.file_size != len(LITTLE) or archive.read(order) != LITTLE):
             raise ValueError("its entries are not little-endian")
-        records = {}
-        for info in infos:
-            # The local header, unlike the central one, says where the record itself begins.
-            opened.seek(info.header_offset + 26)
-            name_length, extra_length = struct.unpack("<HH", opened.read(4))
-            records[info.header_offset + 30 + name_length + extra_length] = info.file_size
-    return records
+        views = _views(read_pickle(BytesIO(archive.read(f"{root}data.pkl"))))
+    places = {}
+    for name, info in infos.items():
+        # The local header, unlike the central one, says where the record itself begins.
+        opened.seek(info.header_offset)
+        signature, name_length, extra_length = struct.unpack("<4s22x2H", opened.read(30))
+        if signature != ZIP:
+            raise ValueError(f"its directory has {name!r} at a place where no record begins")
+        start = info.header_offset + 30 + name_length + extra_length
+        places[name.removeprefix(f"{root}data/")] = start, info.file_size
+    return views, places
 
 
-def _check_tensors(tensors: object) -> None:
-    """These are named tensors of the plain kind."""
+def _legacy_contents(opened: BinaryIO) -> Contents:
+    """The contents of a file as torch wrote it before version 1.6: five pickles, then storages with their lengths."""
+    head = BytesIO(opened.read(MOST_PICKLED))
+    if read_pickle(head) != LEGACY_MAGIC:
+        raise ValueError("it begins neither as a zip archive nor as a file of torch before 1.6")
+    _version, _system, tensors, keys = (read_pickle(head) for _ in range(4))
+    views = _views(tensors)
+    storages = {view.storage.key: view.storage for view in views.values()}
+    places, at = {}, head.tell()
+    for key in keys:
+        opened.seek(at)
+        (numel,) = struct.unpack("<q", opened.read(8))
+        if numel != storages[key].numel:
+            raise ValueError(f"storage {key!r} has {numel} entries, and its pickle says {storages[key].numel}")
+        places[key] = at + 8, storages[key].nbytes
+        at += 8 + storages[key].nbytes
+    if at > opened.seek(0, SEEK_END):
+        raise ValueError("it ends too early")
+    return views, places
+
+
+def _views(tensors: object) -> dict[str, View]:
+    """These are named tensors, and no storage is read as two types."""
     if not isinstance(tensors, dict):
         raise TypeError(f"it holds a {type(tensors).__name__}, not a dict from name to tensor")
-    for name, tensor in tensors.items():
-        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{name!r} is a {type(tensor).__name__}, where a name and a tensor were expected")
-        if tensor.is_neg():
-            raise TypeError(f"{name!r} is a view of the opposite sign, where the numbers themselves were expected")
-        if tensor.layout != torch.strided:
-            raise TypeError(f"{name!r} is sparse, where a dense tensor was expected")
+    storages: dict[str, Storage] = {}
+    for name, view in tensors.items():
+        if not isinstance(view, View):
+            raise TypeError(f"{name!r} is a {type(view).__name__}, where a name and a tensor were expected")
+        if storages.setdefault(view.storage.key, view.storage) != view.storage:
+            raise ValueError(f"tensor {name!r} reads the storage of another as {view.storage.dtype}")
+    return tensors
 
 
-def _hold(file: Path, expected: dict[str, torch.Tensor]) -> dict[str, Entry]:
-    storages = [tensor.untyped_storage() for tensor in expected.values()]
-    if sum({storage._cdata: storage.nbytes() for storage in storages}.values()) > file.stat().st_size:
-        raise ValueError("its tensors are larger than the file")
-    if any(tensor.nbytes > tensor.untyped_storage().nbytes() for tensor in expected.values()):
-        raise ValueError("it has a view that repeats entries")
-    tensors = torch.load(file, map_location="cpu", weights_only=True)
-    if any(tensor.is_meta for tensor in tensors.values()):
-        raise ValueError("it has a tensor without entries, saved from the meta device")
-    return {name: Held(tensor.detach()) for name, tensor in tensors.items()}
-
-
-def _place(file: Path, name: str, tensor: torch.Tensor, records: dict[int, int]) -> Stored:
-    storage, dtype, shape = tensor.untyped_storage(), tensor.dtype, tuple(tensor.shape)
-    record: Any = storage._checkpoint_offset
-    first, strides = int(tensor.storage_offset()) * dtype.itemsize, tensor.stride()
-    reach = 1 + sum((length - 1) * stride for length, stride in zip(shape, strides, strict=True))
-    if records.get(record) != storage.nbytes() or first + reach * dtype.itemsize > storage.nbytes():
+def _place(file: Path, name: str, view: View, places: dict[str, Place]) -> Stored:
+    start, size = places[view.storage.key]
+    numel, lengths = math.prod(view.shape), view.shape
+    reach = view.offset + (
+        1 + sum((n - 1) * step for n, step in zip(lengths, view.strides, strict=True)) if numel else 0
+    )
+    if size != view.storage.nbytes or reach * view.dtype.itemsize > size:
         raise ValueError(f"tensor {name!r} does not fit into its record")
-    if tensor.is_contiguous():
-        return Stored(file, name, record + first, shape, dtype)
-    if reach != tensor.numel():
+    offset = start + view.offset * view.dtype.itemsize
+    if view.is_contiguous:
+        return Stored(file, name, offset, view.shape, view.dtype)
+    if reach - view.offset != numel:
         raise ValueError(f"tensor {name!r} is a view that skips or repeats entries")
-    return Stored(file, name, record + first, shape, dtype, strides)
+    return Stored(file, name, offset, view.shape, view.dtype, view.strides)
 
 
 def not_floating(file: Path, name: str, dtype: str) -> CheckpointError:

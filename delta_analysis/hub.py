@@ -20,7 +20,7 @@ CONFIGS = ("config.json", "adapter_config.json")
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "model.safetensors", "pytorch_model.bin")
 TOKENIZER = re.compile(
     r"(tokenizer|tokenizer_config|special_tokens_map|added_tokens|generation_config)\.json"
-    r"|vocab\.(json|txt|bpe)|merges\.txt|chat_template\.(json|jinja)|[^/]+\.model"
+    r"|vocab\.(json|txt|bpe)|merges\.txt|chat_template\.(json|jinja)|[^/]+\.(model|tiktoken)|tekken\.json"
 )
 # What git allows in the name of a branch or tag.
 REVISION = re.compile(r"(?!/)(?!.*(\.\.|//))[^\s\x00-\x1f\x7f~^:?*\[\\]+(?<!/)")
@@ -84,7 +84,7 @@ def fetch_weights(hub: HubId) -> Path:
             "give the repository that these were made from, or convert them with save_pretrained"
         )
     index = f"{weights}.index.json"
-    if index not in files:
+    if weights in files:
         return _snapshot(pinned, [weights])
     shards = _shards(_snapshot(pinned, [index]) / index)
     lost = [name for name in shards if name not in files or "/" in name or not name.endswith(Path(weights).suffix)]

@@ -26,14 +26,14 @@ def tally_piece(finetuned, base, use, limits, counts, extremes, sums, histogram)
     ----------
     finetuned, base : entries as `storage.entries` gives them; the base's are empty under `ALONE`.
     limits : uint32 magnitude bits; `counts[1 + t]` grows by the number of |δ| below limit t.
-    counts : int64, the first is the number of entries that are NaN or infinite, which stand in
-        nothing else.
+    counts : int64, the first is the number of entries that are NaN or infinite, or whose base is,
+        which stand in nothing else.
     extremes : float32, least and greatest δ so far.
     sums : float64, the number of finite entries, Σ δ, Σ (δ - mean)² and Σ base² so far.
     histogram : uint32, entries by the upper 16 bits of δ.
     """
     delta, start = np.empty(RUN, np.float32), np.zeros(RUN, np.float32)
-    bits = delta.view(np.uint32)
+    bits, start_bits = delta.view(np.uint32), start.view(np.uint32)
     low, high = np.full(LANES, extremes[0]), np.full(LANES, extremes[1])
     lanes, base_lanes = np.empty(LANES), np.empty(LANES)
     for first in range(0, len(finetuned), RUN):
@@ -46,9 +46,13 @@ def tally_piece(finetuned, base, use, limits, counts, extremes, sums, histogram)
             if use == BESIDE:
                 _copy(base[first:last], start)
         finite = _count_below(bits[:n], np.uint32(FINITE))
+        if use == BESIDE:
+            # What is subtracted shows in the difference, what stands beside it does not.
+            finite = min(finite, _count_below(start_bits[:n], np.uint32(FINITE)))
         if finite < n:
+            finite = _pack_finite(bits[:n], start_bits, delta, start)
             counts[0] += n - finite
-            n = _pack_finite(bits[:n], delta, start)
+            n = finite
         if n == 0:
             continue
         for t in range(len(limits)):
@@ -88,11 +92,12 @@ def _count_below(bits, limit):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _pack_finite(bits, delta, start):  # type: ignore[no-untyped-def]
-    """Move the finite entries to the front, in their order; how many there are."""
+def _pack_finite(bits, start_bits, delta, start):  # type: ignore[no-untyped-def]
+    """Move the entries that are finite on both sides to the front, in their order; how many there are."""
     n = 0
     for i in range(len(bits)):
-        if (bits[i] & np.uint32(0x7FFFFFFF)) < np.uint32(FINITE):
+        largest = max(bits[i] & np.uint32(0x7FFFFFFF), start_bits[i] & np.uint32(0x7FFFFFFF))
+        if largest < np.uint32(FINITE):
             delta[n], start[n] = delta[i], start[i]
             n += 1
     return n

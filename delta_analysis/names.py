@@ -11,51 +11,6 @@ NO_LAYER = -1
 """Layer of tensors that stand outside the stack: embeddings, the last norm, heads."""
 
 
-class TensorName(NamedTuple):
-    """A parsed name: `layer` (or `NO_LAYER`), `module` within the layer, `kind` of weight."""
-
-    layer: int
-    module: str
-    kind: Kind
-
-
-def parse_name(name: str, ndim: int) -> TensorName:
-    """Read layer, module and kind out of a parameter's name and number of dimensions.
-
-    The first number in the dotted name is the layer; later ones (experts) read as `*`. The module
-    is what follows the layer, without `.weight`; outside the stack it is the last part. A vector
-    is a bias if it is named so, and a norm otherwise.
-
-    Examples
-    --------
-    >>> parse_name("model.layers.3.self_attn.q_proj.weight", ndim=2)
-    TensorName(layer=3, module='self_attn.q_proj', kind='linear')
-    >>> parse_name("bert.encoder.layer.0.attention.output.LayerNorm.bias", ndim=1)
-    TensorName(layer=0, module='attention.output.LayerNorm.bias', kind='bias')
-    >>> parse_name("model.embed_tokens.weight", ndim=2)
-    TensorName(layer=-1, module='embed_tokens', kind='embedding')
-    """
-    parts = name.removesuffix(".weight").split(".")
-    numbers = [i for i, part in enumerate(parts) if part.isdecimal()]
-    layer = int(parts[numbers[0]]) if numbers else NO_LAYER
-    inside = parts[numbers[0] + 1 :] if numbers else parts[-2:] if parts[-1] == "bias" else parts[-1:]
-    module = ".".join("*" if part.isdecimal() else part for part in inside) or name
-    return TensorName(layer, module, _kind(module, ndim))
-
-
-def _kind(module: str, ndim: int) -> Kind:
-    if ndim >= 2:
-        # GPT-NeoX calls its output head embed_out.
-        embeds = "embed" in module.lower() and module != "embed_out"
-        return "embedding" if embeds or module in ("wte", "wpe") else "linear"
-    return "bias" if module.endswith("bias") else "norm"
-
-
-def reading_order(name: str) -> tuple[int, str]:
-    """Sort key of every table and iteration: by layer, then by name."""
-    return parse_name(name, ndim=2).layer, name
-
-
 INPUT_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "shared")
 OUTPUT_HEADS = ("lm_head", "lm_head.decoder", "embed_out", "cls.predictions.decoder")
 WRAPPERS = (
@@ -71,8 +26,59 @@ WRAPPERS = (
     "electra.",
     "deberta.",
     "gpt_neox.",
+    "albert.",
+    "mpnet.",
+    "backbone.",
 )
 """What a wrapping module puts before the names of the model inside it."""
+
+
+class TensorName(NamedTuple):
+    """A parsed name: `layer` (or `NO_LAYER`), `module` within the layer, `kind` of weight."""
+
+    layer: int
+    module: str
+    kind: Kind
+
+
+def parse_name(name: str, ndim: int) -> TensorName:
+    """Read layer, module and kind out of a parameter's name and number of dimensions.
+
+    The first number in the dotted name is the layer. The module is what follows it, without
+    `.weight`, after what tells one stack of layers from another (`encoder`, `vision_tower`); the
+    numbers of experts read as `*`. Outside the layers the module is the name without the prefixes of
+    wrapping modules. A vector is a bias if it is named so, and a norm otherwise.
+
+    Examples
+    --------
+    >>> parse_name("model.layers.3.self_attn.q_proj.weight", ndim=2)
+    TensorName(layer=3, module='self_attn.q_proj', kind='linear')
+    >>> parse_name("bert.encoder.layer.0.attention.output.LayerNorm.bias", ndim=1)
+    TensorName(layer=0, module='encoder.attention.output.LayerNorm.bias', kind='bias')
+    >>> parse_name("model.embed_tokens.weight", ndim=2)
+    TensorName(layer=-1, module='embed_tokens', kind='embedding')
+    """
+    parts = bare_name(name).removesuffix(".weight").split(".")
+    at = next((i for i, part in enumerate(parts) if part.isdecimal() and len(part) < 10), None)
+    # What stands right before the number names the list of layers: layers, layer, h, block.
+    inside = parts if at is None else [*parts[: max(at - 1, 0)], *parts[at + 1 :]]
+    expert = [part.isdecimal() and i > 0 and inside[i - 1] == "experts" for i, part in enumerate(inside)]
+    module = ".".join("*" if each else part for part, each in zip(inside, expert, strict=True)) or name
+    return TensorName(NO_LAYER if at is None else int(parts[at]), module, _kind(module, ndim))
+
+
+def _kind(module: str, ndim: int) -> Kind:
+    if ndim >= 2:
+        last = module.rsplit(".", 1)[-1]
+        # GPT-NeoX calls its output head embed_out.
+        embeds = last != "embed_out" and ("embed" in last.lower() or last in (*INPUT_EMBEDDINGS, "wpe"))
+        return "embedding" if embeds else "linear"
+    return "bias" if module.endswith("bias") else "norm"
+
+
+def reading_order(name: str) -> tuple[int, str]:
+    """Sort key of every table and iteration: by layer, then by name."""
+    return parse_name(name, ndim=2).layer, name
 
 
 def input_embedding(names: Iterable[str]) -> str | None:
@@ -91,7 +97,7 @@ def _ending_with(names: Iterable[str], modules: tuple[str, ...]) -> str | None:
 
 
 def bare_name(name: str) -> str:
-    """A name without the prefixes of wrapping modules.
+    """A name without the prefixes of wrapping modules, and with the norms' names of today.
 
     Examples
     --------
@@ -100,4 +106,6 @@ def bare_name(name: str) -> str:
     """
     while wrapper := next((each for each in WRAPPERS if name.startswith(each)), None):
         name = name.removeprefix(wrapper)
+    for old, new in {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}.items():
+        name = name.removesuffix(old) + new if name.endswith(old) else name
     return name

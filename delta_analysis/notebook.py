@@ -10,6 +10,7 @@ import platform
 import re
 import warnings
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
@@ -166,7 +167,10 @@ def write_results(
 
 def file_hashes(source: str) -> dict[str, str]:
     """SHA-256 of each weight file of a checkpoint; of one from the hub, the hash that its cache files it under."""
-    return {path.name: _cached_hash(path) or sha256(path) for path in open_checkpoint(source).files()}
+    files = open_checkpoint(source).files()
+    with ThreadPoolExecutor() as pool:
+        hashes = pool.map(lambda path: _cached_hash(path) or sha256(path), files)
+        return {path.name: digest for path, digest in zip(files, hashes, strict=True)}
 
 
 def _cached_hash(path: Path) -> str:

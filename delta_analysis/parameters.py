@@ -156,7 +156,9 @@ def _resolve_pair(parameters: ValueRangesParameters | AblationParameters, **how:
         except ValueError as error:
             raise ParameterError("finetuned", error) from error
         object.__setattr__(parameters, "base", base if parameters.base in ("", pair) else parameters.base)
-        object.__setattr__(parameters, "finetuned", finetuned)
+        object.__setattr__(
+            parameters, "finetuned", finetuned if parameters.finetuned in ("", pair) else parameters.finetuned
+        )
     for parameter in ("base", "finetuned"):
         value = getattr(parameters, parameter)
         if value and not value.startswith("zoo:") and find_input(value).exists():

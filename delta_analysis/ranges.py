@@ -40,11 +40,12 @@ def value_ranges(
     -------
     DataFrame with columns `tensor, layer, module, kind, shape` (missing where a group spans many;
     layer -1 is outside the stack); `tensors`, how many were merged; `numel`; `nonfinite`, how many
-    entries are NaN or infinite (left out of all that follows); `zero_share`; the signed order
+    entries are NaN or infinite on either side (left out of all that follows); `zero_share`; the signed order
     statistics `min, p10 … p90, max`; `mean, std, rms`; `abs_p50, abs_p90, abs_p99, abs_p999,
     abs_max` of |δ|; `share_below_<t>`, the share of |δ| < t; `relative_rms`, rms of the delta over
     rms of the base; `storage_step`, the distance of neighbouring numbers in the coarser of the two
-    sides' storage dtypes at the rms of the base. Moments are exact to float64, quantiles within
+    sides' storage dtypes (float32 at the finest) at the rms of the base, of a group the largest of
+    its tensors', missing for what was computed. Moments are exact to float64, quantiles within
     0.4% of the order statistic of rank ceil(q·n).
 
     Warns
@@ -76,7 +77,8 @@ def value_ranges(
         shared = {label: group[label].iloc[0] if len(set(group[label])) == 1 else None for label in labels}
         cells = group[["layer", "module", "kind"]].drop_duplicates().itertuples(index=False, name=None)
         merged = reduce(Tally.__add__, (found.cells[cell] for cell in cells))
-        rows.append({**shared, "tensors": len(group), **merged.row()})
+        # Of weights of several sizes and dtypes the largest step.
+        rows.append({**shared, "tensors": len(group), **merged.row(), "storage_step": group["storage_step"].max()})
     return pd.DataFrame(rows).astype({"layer": "Int64"})
 
 

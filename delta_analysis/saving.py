@@ -6,34 +6,26 @@ import json
 import math
 import os
 import shutil
+import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import pandas as pd
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from tqdm import tqdm
 
-from delta_analysis._errors import NotHomologousError, one_of
+from delta_analysis._errors import CheckpointError, NotHomologousError, one_of
 from delta_analysis.checkpoint import Checkpoint, tokenizer_folder
 from delta_analysis.delta import Delta
 from delta_analysis.entry import Entry
+from delta_analysis.hub import TOKENIZER
 from delta_analysis.names import bare_name, output_head
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 """The dtypes that weights are saved in, and what safetensors calls them."""
-COMPANIONS = (
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "chat_template*",
-)
-"""What is copied beside weights and configuration."""
 
 
 class Part(NamedTuple):
@@ -61,15 +53,16 @@ def save_checkpoint(
 
     Each tensor is `float32(base) + delta`, rounded once to the dtype it is stored in. What the delta
     does not cover (a head, the rows of a grown vocabulary) is saved as the fine-tune has it, so that
-    a delta that was not pruned gives the fine-tune back. Of an adapter or a published delta it is
-    the base that is saved, with the delta added where there is one. A few tensors are in memory at a
-    time.
+    a delta that was not pruned gives the fine-tune back, to the rounding of float32. Of an adapter or
+    a published delta it is the base that is saved, with the delta added where there is one. A few
+    tensors are in memory at a time.
 
     Parameters
     ----------
     base : as from `open_checkpoint`.
     delta : as from `load_delta`, pruned or not.
-    out_dir : a folder that does not exist yet, or is empty; it appears under this name when it is complete.
+    out_dir : a folder that does not exist yet, or is empty; it appears under this name when it is complete,
+        and until then is `.NAME.….partial` beside it.
     dtype : `float32`, `float16`, `bfloat16`, or None for that of each tensor now (float64 becomes float32).
     max_shard_size : the most bytes of a file, as a number or as text such as `"5GB"`.
 
@@ -101,25 +94,21 @@ def save_checkpoint(
     """
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(one_of("dtype", dtype, DTYPES))
-    out = Path(out_dir).expanduser().absolute()
+    out = Path(out_dir).expanduser().resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out}: exists already; choose another out_dir, or remove it")
     model = base if delta.finetuned.is_difference else delta.finetuned
     parts = _plan(base, delta, model, dtype)
-    # A bare file of weights has neither configuration nor tokenizer.
-    companion = model if model.config else base
-    tokenizer = tokenizer_folder(companion)
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # A name of its own, so that two calls at once do not write into one folder.
+    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
     try:
         table = _write_shards(delta, parts, partial, max_shard_size)
-        _write_config(companion, partial, dtype, own_head=output_head(parts) is not None)
-        for pattern in COMPANIONS if tokenizer else ():
-            for file in sorted(tokenizer.glob(pattern)) if tokenizer else ():
-                # A repository may have a whole folder of this name.
-                if file.is_file():
-                    shutil.copy(file, partial / file.name)
+        # A bare file of weights has neither configuration nor tokenizer.
+        _write_config(model if model.config else base, partial, parts)
+        for file in _tokenizer(model, base):
+            shutil.copy(file, partial / file.name)
+        partial.chmod(0o755)
         partial.replace(out)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -127,8 +116,26 @@ def save_checkpoint(
     return table
 
 
+def _tokenizer(*sides: Checkpoint) -> list[Path]:
+    """The files of the first side that has a tokenizer; none if no side has."""
+    for side in sides:
+        try:
+            folder = tokenizer_folder(side)
+        except CheckpointError:
+            # A repository without a tokenizer: the other side's, or none, is what there is to save.
+            continue
+        if folder is not None:
+            # A repository may have a whole folder of such a name.
+            files = [file for file in sorted(folder.iterdir()) if TOKENIZER.fullmatch(file.name) and file.is_file()]
+            if any(file.name.startswith("tokenizer") for file in files):
+                return files
+    return []
+
+
 def _plan(base: Checkpoint, delta: Delta, model: Checkpoint, dtype: str | None) -> dict[str, Part]:
     """Every tensor of the model by its name, with what the delta makes of it."""
+    if base.is_difference:
+        raise NotHomologousError(f"{base.source}: is an adapter, not a base; give the model that it was trained on")
     if delta.base is None and model is delta.finetuned:
         raise ValueError(
             f"{model.source}: the delta is the fine-tuned weights themselves; load it with its base to save their sum"
@@ -136,12 +143,15 @@ def _plan(base: Checkpoint, delta: Delta, model: Checkpoint, dtype: str | None) 
     short = {bare_name(name): name for name in base}
     changes: dict[str, tuple[Entry | None, str]] = {}
     for name, match in delta.compared.items():
-        target = match.base_name or (name if name in base else short.get(bare_name(name), name))
+        target = match.base_name or name
+        target = target if target in base else short.get(bare_name(target), target)
         start = base.entries.get(target)
-        if start is None or start.shape[1:] != match.shape[1:] or start.shape[:1] < match.shape[:1]:
+        # The rows that both sides have may be fewer than those of the base.
+        taken_from = match.shape if delta.base is None else delta.base.entries[match.base_name].shape
+        if start is None or start.shape != taken_from:
             raise NotHomologousError(
-                f"{base.source}: tensor {target!r} has shape {start and start.shape}, where the delta changes one of "
-                f"{match.shape}; save with the base that the delta was taken from"
+                f"{base.source}: tensor {target!r} has shape {start and start.shape}, where the delta's base has "
+                f"{taken_from}; save with the base that the delta was taken from"
             )
         place = target if model is base else name
         if bare_name(place) != bare_name(name):
@@ -194,7 +204,7 @@ def _sum(name: str, delta: Delta, part: Part) -> tuple[torch.Tensor, dict[str, o
     changed = lost = 0
     if part.start is None:
         weight = part.own.read().to(torch.float32)
-        stored = weight.to(dtype)
+        stored = rounded = weight.to(dtype)
     else:
         change = delta[part.delta_name]
         rows = slice(len(change)) if change.dim() else ...
@@ -205,8 +215,8 @@ def _sum(name: str, delta: Delta, part: Part) -> tuple[torch.Tensor, dict[str, o
         lost = int(((change != 0) & (rounded == start.to(dtype))).sum())
         grown = weight.shape != part.own.shape
         stored = torch.cat([rounded, part.own.read()[len(change) :].to(dtype)]) if grown else rounded
-    beyond = int(torch.isinf(stored).sum() - torch.isinf(weight).sum())
-    if beyond > 0:
+    beyond = int((torch.isinf(rounded) & torch.isfinite(weight)).sum())
+    if beyond:
         raise ValueError(
             f"tensor {name!r} has {beyond} entries beyond the range of {part.dtype}; save in bfloat16 or float32"
         )
@@ -227,18 +237,21 @@ def _write_file(path: Path, parts: dict[str, Part], tensors: Iterator[torch.Tens
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors:
             file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        _sync(file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
-def _sync(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _write_config(model: Checkpoint, folder: Path, dtype: str | None, *, own_head: bool) -> None:
-    if model.config:
-        changed: dict[str, Any] = {"torch_dtype" if "torch_dtype" in model.config else "dtype": dtype} if dtype else {}
-        if own_head and model.ties_head:
-            changed["tie_word_embeddings"] = False
-        text = json.dumps({**model.config, **changed}, indent=1, default=str)
-        (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+def _write_config(model: Checkpoint, folder: Path, parts: dict[str, Part]) -> None:
+    if not model.config:
+        return
+    sizes: Counter[str] = Counter()
+    for part in parts.values():
+        sizes[part.dtype] += part.nbytes
+    # transformers loads weights in the dtype that the configuration names, whatever they are stored in.
+    stated = {"torch_dtype" if "torch_dtype" in model.config else "dtype": sizes.most_common(1)[0][0]}
+    config = {**model.config, **stated}
+    if isinstance(config.get("text_config"), dict):
+        config["text_config"] = {**config["text_config"], **stated}
+    if output_head(parts) is not None and model.ties_head:
+        config["tie_word_embeddings"] = False
+    (folder / "config.json").write_text(json.dumps(config, indent=1, default=str) + "\n", encoding="utf-8")

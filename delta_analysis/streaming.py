@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import deque
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from tqdm import tqdm
 from delta_analysis.alignment import Match
 from delta_analysis.blocks import thread_pool
 from delta_analysis.delta import Delta
-from delta_analysis.entry import Stored
+from delta_analysis.entry import Entry, Stored
 from delta_analysis.names import parse_name
 from delta_analysis.tally import DIGITS, GRID, PIECE, Piece, Tally, tally_blocks, tally_tensor
 
@@ -55,7 +56,9 @@ def tally_delta(delta: Delta, *, executor: Executor | None = None, progress: Tex
     ----------
     delta : as from `load_delta`.
     executor : where pieces are read and tallied; its workers need the same files under the same
-        paths. The default is as many threads as torch uses.
+        paths. The default is as many threads as torch uses. A tensor that has to be computed, or
+        that is in memory, is tallied here. Do not call this from a task of the same executor: the
+        two would wait for each other.
     progress : where to show tensors, bytes and the time left, such as `sys.stderr`; None shows them on
         a terminal only.
 
@@ -77,6 +80,8 @@ def tally_delta(delta: Delta, *, executor: Executor | None = None, progress: Tex
     >>> tallies.tensors["numel"].sum().item()
     865536
     """
+    # What was computed, or is stored as a difference, was not rounded to the steps of the weights.
+    rounded = not delta.edits and not delta.finetuned.is_difference
     rows: list[dict[str, object]] = []
     cells: dict[tuple[int, str, str], Tally] = {}
     total = sum(_nbytes(match) for match in delta.compared.values())
@@ -85,11 +90,11 @@ def tally_delta(delta: Delta, *, executor: Executor | None = None, progress: Tex
         for match, result in _in_order(delta, executor or thread_pool(torch.get_num_threads()), bar):
             layer, module, kind = cell = parse_name(match.tensor, len(match.shape))
             labels = {"tensor": match.tensor, "layer": layer, "module": module, "kind": kind, "shape": str(match.shape)}
-            rows.append({**labels, **result.row()})
+            rows.append({**labels, **result.row(), **({} if rounded else {"storage_step": math.nan})})
             cells[cell] = cells[cell] + result if cell in cells else result
             bar.set_postfix_str(f"{len(rows)} of {len(delta)} tensors", refresh=False)
     found = Tallies(delta.finetuned.source, pd.DataFrame(rows), cells)
-    _warn(delta, found)
+    _warn(found)
     return found
 
 
@@ -101,9 +106,11 @@ def _in_order(delta: Delta, executor: Executor, bar: tqdm) -> Iterator[tuple[Mat
             futures = [] if delta.edits else _submit(match, executor, subtract=not delta.finetuned.is_difference)
             waiting.append((match, futures))
             while waiting and (not waiting[-1][1] or sum(len(tasks) for _, tasks in waiting) > AHEAD):
-                yield _finish(delta, *waiting.popleft(), bar)
+                yield _finish(delta, *waiting[0], bar)
+                waiting.popleft()
         while waiting:
-            yield _finish(delta, *waiting.popleft(), bar)
+            yield _finish(delta, *waiting[0], bar)
+            waiting.popleft()
     finally:
         for _, futures in waiting:
             for future in futures:
@@ -125,7 +132,7 @@ def _finish(delta: Delta, match: Match, futures: list[Future[Tally]], bar: tqdm)
     if not futures:
         tensor, base = delta.read(match.tensor)
         bar.update(_nbytes(match))
-        return match, tally_tensor(tensor, base, digits=_digits(match))
+        return match, tally_tensor(tensor, base, digits=_digits(match.finetuned, match.base))
     results = []
     for future in futures:
         results.append(future.result())
@@ -149,12 +156,12 @@ def tally_stored(finetuned: Stored, base: Stored | None, start: int, subtract: b
                 yield ours[:size], theirs[:size] if theirs is not None else None
 
         grid = range(start, stop, GRID)
-        digits = min(DIGITS[side.dtype] for side in (finetuned, base) if side)
+        digits = _digits(finetuned, base)
         return tally_blocks((pieces(at, min(at + GRID, stop)) for at in grid), subtract=subtract, digits=digits)
 
 
-def _digits(match: Match) -> int:
-    return min(DIGITS[side.dtype] for side in (match.finetuned, match.base) if side is not None)
+def _digits(*sides: Entry | None) -> int:
+    return min(DIGITS[side.dtype] for side in sides if side is not None)
 
 
 def _nbytes(match: Match) -> int:
@@ -162,17 +169,19 @@ def _nbytes(match: Match) -> int:
     return sum(torch.Size(side.shape).numel() * side.dtype.itemsize for side in sides)
 
 
-def _warn(delta: Delta, found: Tallies) -> None:
+def _warn(found: Tallies) -> None:
     tensors = found.tensors
-    for row in tensors[tensors["nonfinite"] > 0].itertuples():
+    bad = tensors[tensors["nonfinite"] > 0]
+    if len(bad):
+        few = "; ".join(f"{row.tensor!r} has {row.nonfinite} of {row.numel}" for row in bad.head(3).itertuples())
         warnings.warn(
-            f"{found.source}: tensor {row.tensor!r} has {row.nonfinite} NaN or infinite entries of {row.numel}; "
+            f"{found.source}: {len(bad)} of {len(tensors)} tensors have NaN or infinite entries on either side: {few}; "
             "they are counted in column nonfinite and left out of every statistic",
             stacklevel=3,
         )
-    # A tensor that training left alone lost nothing, and what was pruned or is stored as a difference was not rounded.
+    # A tensor that training left alone lost nothing.
     coarse = tensors[(tensors["storage_step"] > tensors["abs_p50"]) & (tensors["zero_share"] < 1)]
-    if len(coarse) and not delta.edits and not delta.finetuned.is_difference:
+    if len(coarse):
         row = coarse.iloc[0]
         warnings.warn(
             f"{found.source}: {len(coarse)} of {len(tensors)} tensors are stored in steps larger than their median "

@@ -15,9 +15,10 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from delta_analysis.blocks import single_threaded_pool
-from delta_analysis.delta import load_delta
+from delta_analysis.delta import Delta, load_delta
 from delta_analysis.evaluate import load_model, load_tokenizer, patched
 from delta_analysis.intervals import METRICS, metric_interval
+from delta_analysis.names import output_head
 from delta_analysis.pruning import Pruner, prepared
 
 Result = TypeVar("Result")
@@ -77,6 +78,7 @@ class EditableModel:
         # transformers builds models under a global device context, so one thread at a time.
         with _LOADING:
             model = load_model(whole, device)
+        _untie_head(model, lazy)
         return cls(pair, model, load_tokenizer(whole), base, delta)
 
     def judge(self, pruner: Pruner, seed: int) -> dict[str, object]:
@@ -116,11 +118,20 @@ class EditableModel:
 
     def _with_other_rows(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """The weight of all tokens, where the delta has only those that both vocabularies share."""
-        whole = self.model.get_parameter(name)
+        whole = dict(self.model.named_parameters(remove_duplicate=False)).get(name)
         rows = weight.shape[0] if weight.dim() else 0
-        if weight.shape == whole.shape or weight.shape[1:] != whole.shape[1:] or rows > whole.shape[0]:
+        if whole is None or weight.shape == whole.shape or weight.shape[1:] != whole.shape[1:] or rows > len(whole):
             return weight
         return torch.cat([weight, whole[rows:].detach().to(weight)])
+
+
+def _untie_head(model: PreTrainedModel, delta: Delta) -> None:
+    """Give the model a head of its own where the delta changes the head and not the embeddings tied to it."""
+    head = output_head(delta)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    if head in parameters and sum(parameter is parameters[head] for parameter in parameters.values()) > 1:
+        own = torch.nn.Parameter(parameters[head].detach().clone())
+        model.get_submodule(head.removesuffix(".weight")).register_parameter("weight", own)
 
 
 def options(pruner: Pruner) -> dict[str, object]:

@@ -35,7 +35,7 @@ _LIMITS = np.array(
 class Tally:
     """Counts, sums and a histogram of the entries of one or many tensors.
 
-    Entries that are NaN or infinite are counted in `nonfinite` and left out of all the rest.
+    Entries that are NaN or infinite, or whose base is, are counted in `nonfinite` and left out of all the rest.
     Tallies of different entries are added, in any order and from any split at the grid, with the
     same result to the last bit, since sums are rounded once, at the end.
 

@@ -30,7 +30,9 @@ def test_two_thousand_faults_end_in_our_error_or_in_the_right_numbers(tmp_path: 
     assert child.returncode == 0, f"ended with {child.returncode} in {label!r}: {child.stderr[-3000:]}"
     found: list[tuple[str, str]] = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     bad = {label: outcome for label, outcome in found if outcome not in ("read", "refused")}
-    assert not bad, "\n\n".join([f"{len(bad)} of {len(found)}", *(f"{a}: {b[:1500]}" for a, b in list(bad.items())[:20])])
+    assert not bad, "\n\n".join(
+        [f"{len(bad)} of {len(found)}", *(f"{a}: {b[:1500]}" for a, b in list(bad.items())[:20])]
+    )
     count = Counter(outcome for _, outcome in found)
     assert min(count["read"], count["refused"]) > 500, count
     assert len(found) > 2000, count
@@ -95,14 +97,18 @@ def test_a_read_error_of_the_disk_is_reported(sides: tuple[Path, Path], monkeypa
             raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(Stored, "open", lambda self: Failing(self.file))
-    with pytest.raises(CheckpointError, match=r"tensor 'a\.weight' cannot be read: Input/output error; .*fetch it again"):
+    with pytest.raises(
+        CheckpointError, match=r"tensor 'a\.weight' cannot be read: Input/output error; .*fetch it again"
+    ):
         value_ranges(delta)
 
 
 def test_entries_that_are_no_numbers_are_counted_by_tensor_and_left_out(tmp_path: Path) -> None:
     values = torch.tensor([1.0, torch.nan, torch.inf, -torch.inf, 3.0, 0.0])
-    for name, tensors in (("base", {"a.weight": torch.zeros(6), "b.weight": torch.ones(2)}),
-                          ("finetuned", {"a.weight": values, "b.weight": torch.ones(2)})):  # fmt: skip
+    for name, tensors in (
+        ("base", {"a.weight": torch.zeros(6), "b.weight": torch.ones(2)}),
+        ("finetuned", {"a.weight": values, "b.weight": torch.ones(2)}),
+    ):
         (tmp_path / name).mkdir()
         (tmp_path / name / TORCH).write_bytes(torch_bytes(tensors))
     with warnings.catch_warnings(record=True) as caught:

@@ -48,9 +48,9 @@ PART = st.from_regex(r"[a-z][a-z_]{0,8}", fullmatch=True)
         ("transformer.h.11.ln_1.bias", 1, 11, "ln_1.bias", "bias"),
         ("wte.weight", 2, NO_LAYER, "wte", "embedding"),
         ("transformer.wpe.weight", 2, NO_LAYER, "wpe", "embedding"),
-        ("bert.embeddings.word_embeddings.weight", 2, NO_LAYER, "word_embeddings", "embedding"),
-        ("bert.embeddings.LayerNorm.weight", 1, NO_LAYER, "LayerNorm", "norm"),
-        ("bert.embeddings.LayerNorm.bias", 1, NO_LAYER, "LayerNorm.bias", "bias"),
+        ("bert.embeddings.word_embeddings.weight", 2, NO_LAYER, "embeddings.word_embeddings", "embedding"),
+        ("bert.embeddings.LayerNorm.weight", 1, NO_LAYER, "embeddings.LayerNorm", "norm"),
+        ("bert.embeddings.LayerNorm.bias", 1, NO_LAYER, "embeddings.LayerNorm.bias", "bias"),
         ("model.norm.weight", 1, NO_LAYER, "norm", "norm"),
         ("lm_head.weight", 2, NO_LAYER, "lm_head", "linear"),
         ("embed_out.weight", 2, NO_LAYER, "embed_out", "linear"),  # the output head of GPT-NeoX and Pythia

@@ -22,7 +22,7 @@ ROOT = find_root()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LAYERS = (
     ("_errors", "names"),
-    ("paths", "philox", "storage", "entry"),
+    ("paths", "philox", "storage", "entry", "pickled"),
     ("formats", "kernel_drop", "kernel_tally", "hub"),
     ("adapter", "configuration", "folder", "known_pairs", "kernel_order"),
     ("checkpoint", "kernels", "torch_kernels"),

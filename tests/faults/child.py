@@ -30,9 +30,11 @@ from delta_analysis._errors import CheckpointError, NotHomologousError
 from delta_analysis.checkpoint import open_checkpoint
 from delta_analysis.delta import Delta, load_delta
 from delta_analysis.ranges import value_ranges
+from tests.faults.archives import zip_faults
 from tests.faults.damaged import config_faults, index_faults, safetensors_faults, shard_faults
 from tests.faults.good import BASE, CONFIG, INDEX, SINGLE, TENSORS, TORCH_INDEX, Fault, good
-from tests.faults.hostile import WITNESS, hostile_pickles, legacy_faults, pickle_faults, raw, zip_faults
+from tests.faults.pickles import WITNESS, hostile_pickles, legacy_faults, pickle_faults
+from tests.faults.torch_files import raw
 
 ROOM = 2**30
 """Bytes of address space beyond what the process has after its first reads."""
@@ -41,13 +43,31 @@ GROWTH = 200 * 2**10
 SECONDS = 20
 """For one case; and the processor time for all of them is ten times that."""
 FAULTS = (
-    safetensors_faults, shard_faults, index_faults, config_faults, zip_faults, pickle_faults, legacy_faults,
+    safetensors_faults,
+    shard_faults,
+    index_faults,
+    config_faults,
+    zip_faults,
+    pickle_faults,
+    legacy_faults,
     hostile_pickles,
-)  # fmt: skip
+)
 FORBIDDEN = (
-    "subprocess.", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "pty.", "socket.", "ctypes.dlopen",
-    "os.startfile", "webbrowser.", "shutil.copyfile", "os.putenv", "urllib.",
-)  # fmt: skip
+    "subprocess.",
+    "os.system",
+    "os.exec",
+    "os.posix_spawn",
+    "os.spawn",
+    "os.fork",
+    "pty.",
+    "socket.",
+    "ctypes.dlopen",
+    "os.startfile",
+    "webbrowser.",
+    "shutil.copyfile",
+    "os.putenv",
+    "urllib.",
+)
 
 
 def main(folder: Path, wanted: str) -> None:
@@ -62,7 +82,7 @@ def main(folder: Path, wanted: str) -> None:
     results: list[tuple[str, str]] = []
 
     def run(kind: str, fault: Fault) -> None:
-        label, files = fault
+        label, files = f"{len(results)}, {fault[0]}", fault[1]
         (folder / "label").write_text(f"{kind} {label}", encoding="utf-8", errors="backslashreplace")
         case.mkdir()
         for name, content in files.items():
@@ -106,7 +126,13 @@ class Watched:
         paths = sysconfig.get_paths()
         self.inside = tuple(
             f"{Path(each).resolve()}{os.sep}"
-            for each in (folder, paths["stdlib"], paths["purelib"], paths["platlib"], Path(__file__).parents[2] / "delta_analysis")
+            for each in (
+                folder,
+                paths["stdlib"],
+                paths["purelib"],
+                paths["platlib"],
+                Path(__file__).parents[2] / "delta_analysis",
+            )
         )
         self.seen: list[str] | None = None
         sys.addaudithook(self._hook)
@@ -161,9 +187,7 @@ def _refusal(error: BaseException, case: Path) -> str:
     return "refused"
 
 
-def _compare(
-    case: Path, tensors: dict[str, torch.Tensor], delta: Delta, rows: list[dict[str, Any]], alone: int
-) -> str:
+def _compare(case: Path, tensors: dict[str, torch.Tensor], delta: Delta, rows: list[dict[str, Any]], alone: int) -> str:
     try:
         expected = oracle(case)
     except Exception:
@@ -196,7 +220,11 @@ def oracle(case: Path) -> dict[str, torch.Tensor]:
     if (case / SINGLE).exists():
         return load_file(case / SINGLE)
     index = next((case / name for name in (INDEX, TORCH_INDEX) if (case / name).exists()), None)
-    names = set(json.loads(index.read_text())["weight_map"].values()) if index else sorted(p.name for p in case.iterdir() if p.suffix != ".json")
+    names = (
+        set(json.loads(index.read_text())["weight_map"].values())
+        if index
+        else sorted(p.name for p in case.iterdir() if p.suffix != ".json")
+    )
     tensors: dict[str, torch.Tensor] = {}
     for name in names:
         tensors.update(

@@ -11,18 +11,58 @@ from typing import Any
 from safetensors.torch import save
 
 from tests.faults.good import (
-    CONFIG, EMBEDDING, FEW, INDEX, NORM, NUMBERS, SINGLE, TENSORS, TORCH_INDEX, WIDE, WRONG, Content, Fault, damaged,
-    flipped, shards, torch_bytes,
-)  # fmt: skip
+    CONFIG,
+    EMBEDDING,
+    FEW,
+    INDEX,
+    NORM,
+    NUMBERS,
+    SINGLE,
+    TENSORS,
+    TORCH_INDEX,
+    WIDE,
+    WRONG,
+    Content,
+    Fault,
+    damaged,
+    flipped,
+    shards,
+    torch_bytes,
+)
 
 DTYPES = "F64 F32 F16 BF16 F8_E4M3 F8_E5M2 F8_E8M0 F6_E2M3 F4 I64 U64 I32 U32 I16 U16 I8 U8 BOOL C64 f32".split()
 NAMES = (
-    "", ".", "..", "../../etc/passwd", "/etc/passwd", "a\nb", "a\0b", "\r", "é", "\U0001f600", "x" * 100_000,
-    "..weight", "layers." + "9" * 25 + ".weight", "layers." + "9" * 5000 + ".weight", "layers.٣.weight",
-    "layers.-1.weight", "%s{0}{name!r}", "__metadata__", "lm_head.weight", "cls.predictions.decoder.weight",
-    "model." * 1000 + "weight", "attn.bias", "rotary_emb.inv_freq", f"base_model.model.{EMBEDDING}", "weight",
-    ".weight", "\\", "a b", "\u202e", "a.lora_A.weight",
-)  # fmt: skip
+    "",
+    ".",
+    "..",
+    "../../etc/passwd",
+    "/etc/passwd",
+    "a\nb",
+    "a\0b",
+    "\r",
+    "é",
+    "\U0001f600",
+    "x" * 100_000,
+    "..weight",
+    "layers." + "9" * 25 + ".weight",
+    "layers." + "9" * 5000 + ".weight",
+    "layers.٣.weight",
+    "layers.-1.weight",
+    "%s{0}{name!r}",
+    "__metadata__",
+    "lm_head.weight",
+    "cls.predictions.decoder.weight",
+    "model." * 1000 + "weight",
+    "attn.bias",
+    "rotary_emb.inv_freq",
+    f"base_model.model.{EMBEDDING}",
+    "weight",
+    ".weight",
+    "\\",
+    "a b",
+    "\u202e",
+    "a.lora_A.weight",
+)
 WHOLE = save(TENSORS)
 LENGTH = int.from_bytes(WHOLE[:8], "little")
 HEADER, DATA = WHOLE[8 : 8 + LENGTH], WHOLE[8 + LENGTH :]
@@ -80,8 +120,19 @@ def _safetensors() -> Iterator[tuple[str, Content]]:
         yield f"tensor named {name[:60]!r}", around(renamed)
         yield f"only {name[:60]!r}", around({name: {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}, bytes(8))
         yield f"large {name[:60]!r}", save({**TENSORS, name: TENSORS[EMBEDDING].clone()})
-    for shape in ([2**63, 0], [0, 2**63], [2**62, 4, 0], [0, 2**62, 4], [0] * 100, [1] * 60, [1] * 70, [2**64 - 1, 0],
-                  [0] * 5000, [2**31, 2**31, 0], [1] * 2000):  # fmt: skip
+    for shape in (
+        [2**63, 0],
+        [0, 2**63],
+        [2**62, 4, 0],
+        [0, 2**62, 4],
+        [0] * 100,
+        [1] * 60,
+        [1] * 70,
+        [2**64 - 1, 0],
+        [0] * 5000,
+        [2**31, 2**31, 0],
+        [1] * 2000,
+    ):
         size = 0 if 0 in shape else 4
         for name in (NORM, "new.weight"):
             about = {"dtype": "F32", "shape": shape, "data_offsets": [0, size]}
@@ -137,7 +188,7 @@ def _raw_headers(header: dict[str, Any]) -> Iterator[tuple[str, Content]]:
         ("zero byte", b'{"a": %b}\0' % one, 8),
         ("no object", b"", 8),
         ("many tensors", json.dumps({f"{i}.weight": about_bytes("F32", [0], 0) for i in range(300)}).encode(), 0),
-    ):  # fmt: skip
+    ):
         yield label, around(raw, bytes(range(size)))
     for order in ("reversed", "sorted"):
         items = sorted(header.items()) if order == "sorted" else list(reversed(header.items()))
@@ -208,16 +259,37 @@ def index_faults() -> Iterator[Fault]:
 def _index(good: dict[str, Any], text: bytes, one: str, two: str, suffix: str) -> Iterator[tuple[str, Content]]:
     yield from damaged(text, 8, 5)
     weight_map = good["weight_map"]
-    for value in WRONG:
+    for value in FEW:
         yield f"is {str(value)[:60]}", json.dumps(value).encode()
         yield f"weight_map is {str(value)[:60]}", json.dumps({"weight_map": value}).encode()
         yield f"shard is {str(value)[:60]}", json.dumps({"weight_map": {**weight_map, NORM: value}}).encode()
         yield f"metadata is {str(value)[:60]}", json.dumps({**good, "metadata": value}).encode()
     for shard in (
-        ".", "..", "../" + one, "/etc/passwd", "/dev/zero", "./" + one, one + "/", one + "\0", "~/" + one, "x" * 5000,
-        one.upper(), one + " ", "sub/" + one, "..\\" + one, "é.bin", "\ud800.bin", "config.json", f"*{suffix}", "nothing" + suffix,
-        f"../{'../' * 20}etc/passwd", "file:///etc/passwd", "https://example.org/a" + suffix, "%2e%2e/" + one, index_of(suffix),
-    ):  # fmt: skip
+        ".",
+        "..",
+        "../" + one,
+        "/etc/passwd",
+        "/dev/zero",
+        "./" + one,
+        one + "/",
+        one + "\0",
+        "~/" + one,
+        "x" * 5000,
+        one.upper(),
+        one + " ",
+        "sub/" + one,
+        "..\\" + one,
+        "é.bin",
+        "\ud800.bin",
+        "config.json",
+        f"*{suffix}",
+        "nothing" + suffix,
+        f"../{'../' * 20}etc/passwd",
+        "file:///etc/passwd",
+        "https://example.org/a" + suffix,
+        "%2e%2e/" + one,
+        index_of(suffix),
+    ):
         yield f"shard {shard[:60]!r}", json.dumps({"weight_map": {**weight_map, NORM: shard}}).encode()
         yield f"all in {shard[:60]!r}", json.dumps({"weight_map": dict.fromkeys(weight_map, shard)}).encode()
     for name in NAMES[::3]:
@@ -251,9 +323,30 @@ def config_faults() -> Iterator[Fault]:
 def _config(text: bytes) -> Iterator[tuple[str, Content]]:
     yield from damaged(text, 12, 6)
     good = json.loads(text)
-    keys = ("model_type", "vocab_size", "text_config", "tie_word_embeddings", "rope_scaling", "rope_parameters", "head_dim")
-    for key in (*keys, "rope_theta", "hidden_act", "num_attention_heads", "architectures", "auto_map", "dtype", "num_labels",
-                "id2label", "num_hidden_layers", "transformers_version", "sliding_window", "to_dict"):  # fmt: skip
+    keys = (
+        "model_type",
+        "vocab_size",
+        "text_config",
+        "tie_word_embeddings",
+        "rope_scaling",
+        "rope_parameters",
+        "head_dim",
+    )
+    for key in (
+        *keys,
+        "rope_theta",
+        "hidden_act",
+        "num_attention_heads",
+        "architectures",
+        "auto_map",
+        "dtype",
+        "num_labels",
+        "id2label",
+        "num_hidden_layers",
+        "transformers_version",
+        "sliding_window",
+        "to_dict",
+    ):
         for value in (*FEW, {"rope_theta": []}, {"model_type": []}):
             yield f"{key} is {str(value)[:60]}", json.dumps({**good, key: value}).encode()
     for key in keys:
@@ -263,5 +356,6 @@ def _config(text: bytes) -> Iterator[tuple[str, Content]]:
     for kind in ("gpt2", "bert", "qwen2", "mixtral", "auto", "encoder-decoder", "../x", "gemma3"):
         yield f"model type {kind}", json.dumps({**good, "model_type": kind}).encode()
         yield f"model type {kind}, long", json.dumps({"model_type": kind, "num_hidden_layers": 10**8}).encode()
+    yield "many labels", json.dumps({**good, "num_labels": 2**20}).encode()
     yield "deep", MANY
     yield "many digits", b'{"vocab_size": %b}' % (b"9" * 10_000)

@@ -24,8 +24,25 @@ EMBEDDING, WIDE, NORM = "model.embed_tokens.weight", "model.layers.0.up.weight",
 HALVES = ([EMBEDDING, NORM], [WIDE, "s"])
 NUMBERS = (-1, 0, 1, 2**20, 2**31, 2**32, 2**40, 2**62, 2**63 - 1, 2**63, 2**64, 2**70, 10**400)
 WRONG: tuple[Any, ...] = (
-    *NUMBERS, -(2**63), 0.5, 1.0, 1e308, True, None, "", "0", "F32", "\0", [], {}, [[]], [None], ["0"], [0.0], {"a": 1},
-)  # fmt: skip
+    *NUMBERS,
+    -(2**63),
+    0.5,
+    1.0,
+    1e308,
+    True,
+    None,
+    "",
+    "0",
+    "F32",
+    "\0",
+    [],
+    {},
+    [[]],
+    [None],
+    ["0"],
+    [0.0],
+    {"a": 1},
+)
 """Values for any place in a header or an index."""
 FEW: tuple[Any, ...] = (-1, 0, 2**31, 2**40, 2**63, 10**400, 0.5, True, None, "", "0", [], {})
 """And for any place in a configuration or a pickle, which have more."""
@@ -90,17 +107,22 @@ def spliced(whole: bytes, count: int, seed: int) -> Iterator[tuple[str, bytes]]:
         stop = min(start + random_.choice((1, 2, 4, 8, 64)), len(whole))
         run = random_.choice((whole[start:stop], bytes(8), b"\xff" * 8, random_.randbytes(random_.randrange(1, 9))))
         change = ("removed", "repeated", "overwritten", "put in")[i % 4]
-        yield f"{len(whole)} bytes, splice {i}, bytes {start} to {stop} {change}", {
-            "removed": whole[:start] + whole[stop:],
-            "repeated": whole[:stop] + whole[start:],
-            "overwritten": whole[:at] + run + whole[at + len(run) :],
-            "put in": whole[:at] + run + whole[at:],
-        }[change]
+        yield (
+            f"{len(whole)} bytes, splice {i}, bytes {start} to {stop} {change}",
+            {
+                "removed": whole[:start] + whole[stop:],
+                "repeated": whole[:stop] + whole[start:],
+                "overwritten": whole[:at] + run + whole[at + len(run) :],
+                "put in": whole[:at] + run + whole[at:],
+            }[change],
+        )
 
 
 def cut(whole: bytes, count: int) -> Iterator[tuple[str, bytes]]:
     """The file ends early, at `count` places, or late."""
-    for size in sorted({i * len(whole) // count for i in range(count)} | {1, 4, 7, 8, 9, len(whole) - 2, len(whole) - 1}):
+    for size in sorted(
+        {i * len(whole) // count for i in range(count)} | {1, 4, 7, 8, 9, len(whole) - 2, len(whole) - 1}
+    ):
         yield f"cut to {size} bytes", whole[:size]
     for more in (b"\0", b"\n", b"}", bytes(8), bytes(4096), whole):
         yield f"{len(more)} bytes more", whole + more
