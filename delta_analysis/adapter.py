@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable
@@ -14,6 +13,7 @@ import torch
 
 from delta_analysis._errors import CheckpointError
 from delta_analysis.entry import Entry
+from delta_analysis.folder import read_json
 from delta_analysis.formats import not_floating, read_header
 
 CONFIG = "adapter_config.json"
@@ -154,12 +154,7 @@ def adapter_entries(folder: Path) -> tuple[dict[str, LowRank], dict[str, str]]:
 
 
 def _read_config(file: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: not readable JSON ({error}); fetch it again") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{file}: expected a JSON object, not a {type(config).__name__}; fetch it again")
+    config = read_json(file)
     if config.get("peft_type") != "LORA":
         raise CheckpointError(f"{file}: an adapter of peft_type {config.get('peft_type')!r}, not LORA: {WAY_OUT}")
     for key, variant in VARIANTS.items():

@@ -16,8 +16,8 @@ LAYOUTS = (
     ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model*.bin"),
 )
 """Single file, index, and shards without an index."""
-LONGEST_NAME = 80
-"""Of a shard; file systems take 255 bytes, and a character may have three."""
+LONGEST_NAME = 255
+"""Bytes of a shard's name; file systems take no more."""
 LFS = b"version https://git-lfs"
 MOST_JSON = 2**25
 """Bytes that are believed to be an honest index or configuration; the index of 10^5 tensors has some 2^23."""
@@ -49,9 +49,8 @@ def read_folder(path: Path) -> dict[str, Entry]:
         header = {name: entry for name, entry in header.items() if owner.get(name, file) == file}
         twice = sorted(found.keys() & header.keys())
         if twice:
-            other = found[twice[0]].files
             raise CheckpointError(
-                f"{file}: tensor {twice[0]!r} also stands in {other[0].name if other else 'another file'}; "
+                f"{file}: tensor {twice[0]!r} also stands in {found[twice[0]].files[0].name}; "
                 "remove one of the two files, or add an index"
             )
         found.update(header)
@@ -95,7 +94,12 @@ def _indexed(index: Path) -> dict[Path, tuple[set[str], str]]:
         raise CheckpointError(f"{index}: has no 'weight_map'; fetch the index again")
     promised: dict[str, set[str]] = {}
     for name, shard in weight_map.items():
-        if not isinstance(shard, str) or shard in ("", "..") or "\0" in shard or len(shard) > LONGEST_NAME:
+        if (
+            not isinstance(shard, str)
+            or shard in ("", "..")
+            or "\0" in shard
+            or len(shard.encode(errors="surrogatepass")) > LONGEST_NAME
+        ):
             raise CheckpointError(f"{index}: shard {shard!r} is not the name of a file; fetch the index again")
         if Path(shard).name != shard:
             raise CheckpointError(
@@ -124,5 +128,5 @@ def read_json(file: Path) -> dict[str, Any]:
     except (ValueError, OSError, RecursionError) as error:
         raise CheckpointError(f"{file}: not readable as JSON ({error}); fetch it again") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{file}: expected a JSON object, got {type(content).__name__}")
+        raise CheckpointError(f"{file}: expected a JSON object, got {type(content).__name__}; fetch it again")
     return content

@@ -131,7 +131,8 @@ def _zip_contents(opened: BinaryIO) -> Contents:
         if signature != ZIP:
             raise ValueError(f"its directory has {name!r} at a place where no record begins")
         start = info.header_offset + 30 + name_length + extra_length
-        places[name.removeprefix(f"{root}data/")] = start, info.file_size
+        if name.startswith(f"{root}data/"):
+            places[name.removeprefix(f"{root}data/")] = start, info.file_size
     return views, places
 
 

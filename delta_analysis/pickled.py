@@ -25,13 +25,15 @@ STORAGES = {
 } | {"torch.storage UntypedStorage": torch.uint8}  # fmt: skip
 DTYPES = {
     str(dtype).replace(".", " "): dtype
-    for dtype in (torch.float8_e4m3fn, torch.float8_e5m2, torch.uint16, torch.uint32, torch.uint64)
+    for dtype in vars(torch).values()
+    if isinstance(dtype, torch.dtype) and str(dtype).startswith(("torch.float8", "torch.uint"))
 }
 """Those that have no storage of their own and stand beside an untyped one."""
 REBUILD = {f"torch._utils _rebuild_{kind}" for kind in ("tensor", "tensor_v2", "tensor_v3", "qtensor")}
 PARAMETERS = {f"torch._utils _rebuild_parameter{rest}" for rest in ("", "_with_state")}
 CONSTANTS: dict[str, Any] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
-LITERALS = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE"}
+LITERALS = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE", "SHORT_BINSTRING"}
+IGNORED = {"PROTO", "FRAME"}
 TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
@@ -99,10 +101,15 @@ def read_pickle(stream: BytesIO) -> Any:
             stack.append(CONSTANTS[name])
         elif name in ("BINPUT", "LONG_BINPUT"):
             memo[argument] = stack[-1]
+        elif name == "MEMOIZE":
+            memo[len(memo)] = stack[-1]
         elif name in ("BINGET", "LONG_BINGET"):
             stack.append(memo[argument])
         elif name == "GLOBAL":
             stack.append(Function(argument))
+        elif name == "STACK_GLOBAL":
+            module, function = (_kind(each, str) for each in popped(len(stack) - 2))
+            stack.append(Function(f"{module} {function}"))
         elif name == "MARK":
             marks.append(len(stack))
         elif name == "TUPLE":
@@ -131,7 +138,7 @@ def read_pickle(stream: BytesIO) -> Any:
             stack.pop()
         elif name == "STOP":
             return stack.pop()
-        elif name != "PROTO":
+        elif name not in IGNORED:
             raise ValueError(f"its pickle has the instruction {name}, which torch does not write for tensors")
     raise ValueError("its pickle has no end")
 
@@ -154,7 +161,7 @@ def _storage(identity: Any) -> Storage:
         raise ValueError("its pickle refers to something else than a storage")
     name = _kind(kind, Function).name
     if name not in STORAGES:
-        raise ValueError(f"its pickle has a storage of the unknown kind {name}")
+        raise ValueError(f"its pickle has a storage of the unknown kind {name.replace(' ', '.')}")
     return Storage(STORAGES[name], _kind(key, str), _count(numel))
 
 
@@ -168,7 +175,10 @@ def _rebuilt(name: str, arguments: tuple[Any, ...]) -> Any:
     storage, offset, shape, strides, *rest = arguments
     dtype = _kind(storage, Storage).dtype
     if name.endswith("v3"):
-        dtype = DTYPES[_kind(rest.pop(2), Function).name]
+        kind = _kind(rest.pop(2), Function).name
+        if kind not in DTYPES:
+            raise ValueError(f"its pickle has a tensor of the unknown dtype {kind.replace(' ', '.')}")
+        dtype = DTYPES[kind]
     if name.endswith(("v2", "v3")) and any(rest[2:]):
         raise ValueError("its pickle has a view that negates or conjugates what is stored")
     lengths, steps = (tuple(_count(each) for each in _kind(given, tuple)) for given in (shape, strides))

@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -99,21 +100,28 @@ def save_checkpoint(
         raise FileExistsError(f"{out}: exists already; choose another out_dir, or remove it")
     model = base if delta.finetuned.is_difference else delta.finetuned
     parts = _plan(base, delta, model, dtype)
+    with _appearing(out) as folder:
+        table = _write_shards(delta, parts, folder, max_shard_size)
+        # A bare file of weights has neither configuration nor tokenizer.
+        _write_config(model if model.config else base, folder, parts)
+        for file in _tokenizer(model, base):
+            shutil.copy(file, folder / file.name)
+    return table
+
+
+@contextmanager
+def _appearing(out: Path) -> Iterator[Path]:
+    """A folder to write into, which gets the name `out` when all is written, and is gone if it is not."""
     out.parent.mkdir(parents=True, exist_ok=True)
     # A name of its own, so that two calls at once do not write into one folder.
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
     try:
-        table = _write_shards(delta, parts, partial, max_shard_size)
-        # A bare file of weights has neither configuration nor tokenizer.
-        _write_config(model if model.config else base, partial, parts)
-        for file in _tokenizer(model, base):
-            shutil.copy(file, partial / file.name)
+        yield partial
         partial.chmod(0o755)
         partial.replace(out)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    return table
 
 
 def _tokenizer(*sides: Checkpoint) -> list[Path]:

@@ -47,7 +47,7 @@ class Tallies:
 def tally_delta(delta: Delta, *, executor: Executor | None = None, progress: TextIO | None = None) -> Tallies:
     """Read a delta once, and count and add up what `value_ranges` and `magnitude_histogram` need.
 
-    The base and the fine-tune are read in pieces of 2^17 entries; neither a model nor a tensor is
+    The base and the fine-tune are read in pieces of 2^18 entries; neither a model nor a tensor is
     ever in memory, but for a tensor that has to be computed (of an adapter, or pruned). Sums are
     formed in float64 on a fixed grid of 2^20 entries of a tensor, so that the result is the same to
     the last bit for any executor and number of workers.

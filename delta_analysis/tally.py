@@ -20,7 +20,7 @@ DECILES = tuple(range(10, 100, 10))
 MAGNITUDE_QUANTILES = {"abs_p50": 0.5, "abs_p90": 0.9, "abs_p99": 0.99, "abs_p999": 0.999}
 GRID = 2**20
 """Float64 sums are formed over this many consecutive entries of a tensor, wherever it is cut for reading."""
-PIECE = 2**17
+PIECE = 2**18
 """Entries that are read and tallied at once, so that they are still in the cache."""
 DIGITS = {torch.float64: 23, torch.float32: 23, torch.float16: 10, torch.bfloat16: 7}
 """Binary digits after the point that an entry keeps; the delta itself is float32."""
