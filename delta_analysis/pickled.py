@@ -134,8 +134,9 @@ def read_pickle(stream: BytesIO) -> Any:
             arguments = stack.pop()
             stack.append(_rebuilt(_kind(stack.pop(), Function).name, _kind(arguments, tuple)))
         elif name == "BUILD":
-            # The state of an OrderedDict, which has the versions of modules.
+            # The state of an OrderedDict has the versions of modules; that of a tensor would change its place.
             stack.pop()
+            _kind(stack[-1], dict)
         elif name == "STOP":
             return stack.pop()
         elif name not in IGNORED:

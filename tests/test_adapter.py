@@ -313,10 +313,21 @@ def test_patterns_match_as_in_peft(modules: set[str], patterns: dict[str, int], 
         assert entries[f"{module}.weight"].scale == alpha / (math.sqrt(2) if rslora else 2)
 
 
-def test_an_adapter_is_known_by_its_config(tmp_path: Path) -> None:
+def test_an_adapter_is_known_by_its_config_beside_its_weights(tmp_path: Path) -> None:
     assert not is_adapter(tmp_path)
     assert not is_adapter(tmp_path / "missing")
-    assert is_adapter(write(tmp_path, None))
+    # A training run may leave the config of its adapter in the folder of the merged model.
+    assert not is_adapter(write(tmp_path, None))
+    assert is_adapter(write(tmp_path))
+    (tmp_path / "adapter_config.json").unlink()
+    assert not is_adapter(tmp_path)
+
+
+def test_an_endless_config_is_refused(tmp_path: Path) -> None:
+    write(tmp_path)
+    (tmp_path / "adapter_config.json").unlink()
+    (tmp_path / "adapter_config.json").symlink_to("/dev/zero")
+    assert "expected a file of JSON of at most" in refusal(tmp_path)
 
 
 def test_every_variant_of_the_installed_peft_is_refused() -> None:

@@ -315,7 +315,7 @@ def test_an_absolute_shard_path_is_refused(save_checkpoint: SaveCheckpoint) -> N
 @pytest.mark.parametrize("content", [b"{", b"", b"\xff\xfe\x00", b"<html>not found</html>"])
 @pytest.mark.parametrize("name", [INDEX, "config.json"])
 def test_a_file_that_is_not_json_is_refused(save_checkpoint: SaveCheckpoint, name: str, content: bytes) -> None:
-    folder = save_checkpoint("one", TENSORS)
+    folder = save_checkpoint("one", TENSORS, shards=SHARDS)
     (folder / name).write_bytes(content)
     message = refusal(folder)
     assert message.startswith(f"{folder / name}: not readable as JSON")
@@ -323,14 +323,14 @@ def test_a_file_that_is_not_json_is_refused(save_checkpoint: SaveCheckpoint, nam
 
 
 def test_json_that_is_no_object_is_refused(save_checkpoint: SaveCheckpoint) -> None:
-    folder = save_checkpoint("one", TENSORS)
+    folder = save_checkpoint("one", TENSORS, shards=SHARDS)
     (folder / INDEX).write_text("[1, 2]")
-    assert refusal(folder) == f"{folder / INDEX}: expected a JSON object, got list"
+    assert refusal(folder) == f"{folder / INDEX}: expected a JSON object, got list; fetch it again"
 
 
 @pytest.mark.parametrize("index", [{}, {"weight_map": {}}, {"weight_map": ["a.weight"]}, {"weight_map": None}])
 def test_an_index_without_a_weight_map_is_refused(save_checkpoint: SaveCheckpoint, index: dict[str, Any]) -> None:
-    folder = save_checkpoint("one", TENSORS)
+    folder = save_checkpoint("one", TENSORS, shards=SHARDS)
     (folder / INDEX).write_text(json.dumps(index))
     assert refusal(folder) == f"{folder / INDEX}: has no 'weight_map'; fetch the index again"
 

@@ -116,4 +116,7 @@ def test_entries_that_are_no_numbers_are_counted_by_tensor_and_left_out(tmp_path
         table = value_ranges(load_delta(base=tmp_path / "base", finetuned=tmp_path / "finetuned")).set_index("tensor")
     assert table["nonfinite"].to_dict() == {"a.weight": 3, "b.weight": 0}
     assert table.loc["a.weight", ["mean", "min", "max", "zero_share"]].tolist() == pytest.approx([4 / 3, 0, 3, 1 / 3])
-    assert any("'a.weight' has 3 NaN or infinite entries of 6" in str(warning.message) for warning in caught)
+    assert any(
+        "1 of 2 tensors have NaN or infinite entries on either side: 'a.weight' has 3 of 6" in str(warning.message)
+        for warning in caught
+    )

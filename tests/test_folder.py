@@ -99,16 +99,25 @@ def test_a_shard_may_hold_more_than_the_index_says(sharded: Path, ending: str) -
     assert_holds(sharded, {**TENSORS, "more.weight": torch.ones(1)})
 
 
-def test_an_index_is_preferred_to_a_file_that_is_left_over(sharded: Path, ending: str) -> None:
-    write(sharded / f"{STEM[ending]}.{ending}", {"old.weight": torch.ones(1)})
-    assert_holds(sharded, TENSORS)
+def test_a_single_file_is_preferred_to_shards_as_in_transformers(sharded: Path, ending: str) -> None:
+    single = {"single.weight": torch.ones(1)}
+    write(sharded / f"{STEM[ending]}.{ending}", single)
+    assert_holds(sharded, single)
+
+
+def test_an_index_of_pickles_is_preferred_to_safetensors_without_one(tmp_path: Path) -> None:
+    write(tmp_path / "other.safetensors", {"other.weight": torch.ones(1)})
+    write(tmp_path / shard("bin", 1, of=1), TENSORS)
+    write_index(tmp_path, "bin", dict.fromkeys(TENSORS, shard("bin", 1, of=1)))
+    assert_holds(tmp_path, TENSORS)
 
 
 @pytest.mark.parametrize("form", ["single", "index", "shards"])
 def test_safetensors_are_preferred_to_pickles(tmp_path: Path, form: str) -> None:
-    write(tmp_path / "pytorch_model.bin", {"pickled.weight": torch.ones(1)})
     (tmp_path / "pytorch_model-00001-of-00001.bin").write_bytes(b"garbage")
-    write_index(tmp_path, "bin", {"pickled.weight": "pytorch_model-00001-of-00001.bin"})
+    if form != "shards":
+        write(tmp_path / "pytorch_model.bin", {"pickled.weight": torch.ones(1)})
+        write_index(tmp_path, "bin", {"pickled.weight": "pytorch_model-00001-of-00001.bin"})
     name = "model.safetensors" if form == "single" else shard("safetensors", 1, of=1)
     write(tmp_path / name, TENSORS)
     if form == "index":
@@ -141,8 +150,14 @@ def test_swapped_shards_are_refused(sharded: Path, ending: str) -> None:
     assert "(3 such); the shard and the index come from different saves, fetch both again" in message
 
 
-def test_the_same_tensor_in_two_shards_is_refused(sharded: Path, ending: str) -> None:
+def test_a_tensor_in_two_shards_is_that_of_the_shard_that_the_index_names(sharded: Path, ending: str) -> None:
+    write(sharded / shard(ending, 2), {NAMES[2]: torch.ones(1), NAMES[3]: TENSORS[NAMES[3]]})
+    assert_holds(sharded, TENSORS)
+
+
+def test_a_tensor_that_two_shards_hold_and_no_index_names_is_refused(sharded: Path, ending: str) -> None:
     write(sharded / shard(ending, 2), {name: TENSORS[name] for name in NAMES[2:]})
+    next(sharded.glob("*.json")).unlink()
     message = refusal(sharded)
     assert message.startswith(f"{sharded / shard(ending, 2)}: tensor '{NAMES[2]}' also stands in {shard(ending, 1)}; ")
 
@@ -150,7 +165,20 @@ def test_the_same_tensor_in_two_shards_is_refused(sharded: Path, ending: str) ->
 def test_the_same_tensor_in_two_legacy_shards_is_refused(tmp_path: Path) -> None:
     for i in (1, 2):
         torch.save(TENSORS, tmp_path / shard("bin", i), _use_new_zipfile_serialization=False)
-    assert "also stands in another file" in refusal(tmp_path)
+    assert f"also stands in {shard('bin', 1)}" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("letter", ["a", "é", "\u6a21", "\U0001f600"])
+def test_the_name_of_a_shard_may_have_as_many_bytes_as_file_systems_take(
+    tmp_path: Path, ending: str, letter: str
+) -> None:
+    most = (255 - len(f".{ending}")) // len(letter.encode())
+    name = f"{letter * most}.{ending}"
+    write(tmp_path / name, TENSORS)
+    write_index(tmp_path, ending, dict.fromkeys(TENSORS, name))
+    assert_holds(tmp_path, TENSORS)
+    write_index(tmp_path, ending, dict.fromkeys(TENSORS, letter + name))
+    assert "is not the name of a file; fetch the index again" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -216,6 +244,19 @@ def test_a_pipe_in_place_of_an_index_is_not_waited_for(tmp_path: Path, name: str
     assert message == f"{tmp_path / name}: expected a file of JSON of at most {MOST_JSON} bytes; fetch it again"
 
 
+def test_a_pointer_of_git_lfs_in_place_of_weights_is_told(tmp_path: Path, ending: str) -> None:
+    file = tmp_path / f"{STEM[ending]}.{ending}"
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
+    assert refusal(tmp_path) == f"{file}: a pointer of Git LFS, not the weights: run `git lfs pull` in its folder"
+
+
+def test_what_a_directory_without_weights_holds_is_counted(tmp_path: Path) -> None:
+    assert refusal(tmp_path).endswith(", got nothing")
+    for name in ("a.gguf", "b.gguf", "README"):
+        (tmp_path / name).touch()
+    assert refusal(tmp_path).endswith(", got 2 .gguf, 1 README")
+
+
 def test_a_directory_in_place_of_weights_is_refused(tmp_path: Path, ending: str) -> None:
     (tmp_path / f"{STEM[ending]}.{ending}").mkdir()
     assert refusal(tmp_path).startswith(f"{tmp_path / f'{STEM[ending]}.{ending}'}: expected a ")
@@ -243,8 +284,8 @@ def test_the_configuration_of_a_directory(tmp_path: Path) -> None:
         (b"", "not readable as JSON"),
         (b"\xff{}", "not readable as JSON"),
         (b"[" * 100_000, "not readable as JSON"),
-        (b"[]", "expected a JSON object, got list"),
-        (b"null", "expected a JSON object, got NoneType"),
+        (b"[]", "expected a JSON object, got list; fetch it again"),
+        (b"null", "expected a JSON object, got NoneType; fetch it again"),
     ],
     ids=["open", "empty", "no text", "deep", "list", "null"],
 )

@@ -30,6 +30,7 @@ from delta_analysis._errors import CheckpointError, NotHomologousError
 from delta_analysis.checkpoint import open_checkpoint
 from delta_analysis.delta import Delta, load_delta
 from delta_analysis.ranges import value_ranges
+from delta_analysis.streaming import tally_delta
 from tests.faults.archives import zip_faults
 from tests.faults.damaged import config_faults, index_faults, safetensors_faults, shard_faults
 from tests.faults.good import BASE, CONFIG, INDEX, SINGLE, TENSORS, TORCH_INDEX, Fault, good
@@ -162,14 +163,14 @@ def outcome_of(base: Path, case: Path) -> str:
         delta = load_delta(base=base, finetuned=case)
         delta.coverage()
         differences = value_ranges(delta)
-        alone = value_ranges(load_delta(base=None, finetuned=case), by="model")
+        alone = tally_delta(load_delta(base=None, finetuned=case)).tensors
         delta.config_differences()
     except (CheckpointError, NotHomologousError) as error:
         return _refusal(error, case)
     except Exception:
         return traceback.format_exc(limit=-4)
     try:
-        return _compare(case, tensors, delta, differences.to_dict("records"), int(alone["numel"].iloc[0]))
+        return _compare(case, tensors, delta, differences.to_dict("records"), int(alone["numel"].sum()))
     except Exception:
         return "not compared: " + traceback.format_exc(limit=-4)
 
