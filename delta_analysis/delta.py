@@ -12,6 +12,7 @@ import pandas as pd
 import torch
 
 from delta_analysis._errors import NotHomologousError
+from delta_analysis.adapter import STORED_WHOLE
 from delta_analysis.alignment import COMPARED, Match, Vocabulary, align, coverage_table
 from delta_analysis.checkpoint import Checkpoint, Source, open_checkpoint
 from delta_analysis.configuration import config_differences
@@ -163,6 +164,8 @@ def load_delta(
         # Each side of `pair:NAME` is its own; a base of None or another base is left as it is.
         pair_base, tuned_source = pair_sources(finetuned)
         base, finetuned = (pair_base if base == finetuned else base), tuned_source
+    elif isinstance(base, str) and base.startswith(PREFIX):
+        base, _ = pair_sources(base)
     tuned = open_checkpoint(finetuned)
     if finetuned_is_delta:
         tuned = replace(tuned, is_difference=True)
@@ -175,13 +178,15 @@ def load_delta(
     delta = Delta(start, tuned, tuple(align(start, tuned, vocab)))
     if not len(delta):
         raise _not_homologous(delta)
-    if tuned.is_difference and tuned.skipped:
+    # Buffers and tied heads of a published delta are no loss.
+    whole = [name for name, reason in tuned.skipped.items() if reason == STORED_WHOLE]
+    if whole:
         warnings.warn(
-            f"{tuned.source}: {len(tuned.skipped)} of its tensors are not in the delta, such as "
-            f"{next(iter(tuned.skipped))!r} ({next(iter(tuned.skipped.values()))}); coverage() lists them",
+            f"{tuned.source}: {len(whole)} of its tensors are not in the delta, such as {whole[0]!r} "
+            f"({STORED_WHOLE}); coverage() lists them",
             stacklevel=2,
         )
-    elif not tuned.is_difference:
+    if not tuned.is_difference:
         _warn_of_published_delta(delta)
     return delta
 

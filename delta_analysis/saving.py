@@ -135,7 +135,8 @@ def _tokenizer(*sides: Checkpoint) -> list[Path]:
         if folder is not None:
             # A repository may have a whole folder of such a name.
             files = [file for file in sorted(folder.iterdir()) if TOKENIZER.fullmatch(file.name) and file.is_file()]
-            if any(file.name.startswith("tokenizer") for file in files):
+            # Old ones are a vocabulary alone; how to generate is no tokenizer.
+            if any(file.name != "generation_config.json" for file in files):
                 return files
     return []
 
@@ -212,18 +213,18 @@ def _sum(name: str, delta: Delta, part: Part) -> tuple[torch.Tensor, dict[str, o
     changed = lost = 0
     if part.start is None:
         weight = part.own.read().to(torch.float32)
-        stored = rounded = weight.to(dtype)
+        stored = weight.to(dtype)
     else:
         change = delta[part.delta_name]
         rows = slice(len(change)) if change.dim() else ...
         start = part.start.read()[rows].to(torch.float32)
         weight = start + change
-        rounded = weight.to(dtype)
+        if weight.shape != part.own.shape:
+            weight = torch.cat([weight, part.own.read()[len(change) :].to(torch.float32)])
+        stored = weight.to(dtype)
         changed = int(torch.count_nonzero(change))
-        lost = int(((change != 0) & (rounded == start.to(dtype))).sum())
-        grown = weight.shape != part.own.shape
-        stored = torch.cat([rounded, part.own.read()[len(change) :].to(dtype)]) if grown else rounded
-    beyond = int((torch.isinf(rounded) & torch.isfinite(weight)).sum())
+        lost = int(((change != 0) & (stored[rows] == start.to(dtype))).sum())
+    beyond = int((torch.isinf(stored) & torch.isfinite(weight)).sum())
     if beyond:
         raise ValueError(
             f"tensor {name!r} has {beyond} entries beyond the range of {part.dtype}; save in bfloat16 or float32"

@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     BertConfig,
@@ -26,6 +27,7 @@ from transformers import (
 )
 
 from delta_analysis._errors import NotHomologousError
+from delta_analysis.adapter import STORED_WHOLE
 from delta_analysis.delta import Delta, load_delta
 from tests.conftest import SaveCheckpoint
 from tests.test_checkpoint import tiny_llama
@@ -243,12 +245,13 @@ def test_of_vocabularies_of_two_sizes_the_common_rows_are_compared(
         assert torch.equal(delta[name], (ours[name][:11] - theirs[name][:11]).detach())
         assert torch.equal(delta.read(name)[1], theirs[name][:11].detach())
         assert rows.loc[name, ["base_shape", "finetuned_shape"]].tolist() == [f"({base_rows}, 8)", f"({tuned_rows}, 8)"]
-        assert rows.loc[name, ["numel", "numel_compared"]].tolist() == [8 * tuned_rows, 88]
+        assert rows.loc[name, ["numel", "numel_compared"]].tolist() == [8 * 13, 88]
         longer = "finetuned" if tuned_rows > base_rows else "base"
         assert rows.loc[name, "reason"] == f"the first 11 rows; 2 more in {longer}"
     smaller = min(base, finetuned, key=LlamaForCausalLM.num_parameters)
     assert rows["numel_compared"].sum() == smaller.num_parameters()
-    assert rows["numel"].sum() == finetuned.num_parameters()
+    # What is counted is the larger side.
+    assert rows["numel"].sum() == max(base.num_parameters(), finetuned.num_parameters())
 
 
 @pytest.mark.parametrize(("base_rows", "tuned_rows"), GROWN)
@@ -303,6 +306,109 @@ def test_rows_that_are_as_many_as_tokens_by_chance_are_compared_as_they_are(save
     }
 
 
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.0.a.weight", "model.layers.0.a.bias"])
+def test_what_only_happens_to_have_a_row_for_each_token_is_not_cut(save_checkpoint: SaveCheckpoint, name: str) -> None:
+    size = (4,) if name == "model.layers.0.a.weight" else ()
+    base = {EMBEDDINGS: normal(0, 9, 4), name: normal(1, 9, *size)}
+    finetuned = {EMBEDDINGS: normal(2, 11, 4), name: normal(3, 11, *size)}
+    folders = {"base": save_checkpoint("base", base), "finetuned": save_checkpoint("finetuned", finetuned)}
+    assert by_tensor(load_delta(**folders))["status"].to_dict() == {EMBEDDINGS: "compared", name: "shape differs"}
+
+
+@pytest.mark.parametrize("old_side", ["base", "finetuned"])
+def test_norms_under_the_names_of_the_first_berts_are_todays(tmp_path: Path, old_side: str) -> None:
+    torch.manual_seed(0)
+    models = {side: BertForMaskedLM(bert_config()) for side in ("base", "finetuned")}
+    folders = {side: saved(model, tmp_path / side) for side, model in models.items()}
+    file = folders[old_side] / "model.safetensors"
+    old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+    tensors = load_file(file)
+    for name in [name for name in tensors if name.endswith(tuple(old))]:
+        today = ".".join(name.split(".")[-2:])
+        tensors[name.removesuffix(today) + old[today]] = tensors.pop(name)
+    save_file(tensors, file)
+    delta = load_delta(**folders)
+    assert set(by_tensor(delta)["status"]) == {"compared"}
+    assert len(delta) == len(list(models["base"].named_parameters()))
+
+
+def adapter_of(model: PreTrainedModel, folder: Path, **options: Any) -> dict[str, torch.Tensor]:
+    """Save a random adapter of the model; what peft itself says each weight gains, where it adapts some."""
+    wrapped = get_peft_model(model, LoraConfig(r=2, lora_alpha=6, **options))
+    with torch.no_grad():
+        for i, (name, parameter) in enumerate(wrapped.named_parameters()):
+            if "lora_" in name or "modules_to_save" in name:
+                parameter.copy_(normal(i, *parameter.shape))
+    wrapped.save_pretrained(folder)
+    return {
+        f"{name.removeprefix('base_model.model.')}.weight": module.get_delta_weight("default").detach()
+        for name, module in wrapped.named_modules()
+        if hasattr(module, "get_delta_weight")
+    }
+
+
+PEFT_WARNINGS = [
+    "ignore:.is_gradient_checkpointing:FutureWarning",  # about itself
+    "ignore:fan_in_fan_out is set to:UserWarning",
+    "ignore:Model has .tie_word_embeddings=True.:UserWarning",
+    "ignore:Setting .save_embedding_layers.:UserWarning",
+]
+
+
+@pytest.mark.filterwarnings(*PEFT_WARNINGS)
+def test_factors_that_the_one_flag_has_the_wrong_way_round_are_turned(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(gpt2_config())
+    base = saved(model, tmp_path / "base")
+    # The flag that peft keeps is that of the head, which is a Linear; c_attn is GPT-2's Conv1D.
+    changes = adapter_of(model, tmp_path / "adapter", target_modules=["c_attn", "lm_head"])
+    assert '"fan_in_fan_out": false' in (tmp_path / "adapter" / "adapter_config.json").read_text()
+    with pytest.warns(UserWarning, match=r"'lm_head\.base_layer\.weight'"):
+        delta = load_delta(base=base, finetuned=tmp_path / "adapter")
+    assert delta.keys() == changes.keys() == {HEAD, *(f"transformer.h.{i}.attn.c_attn.weight" for i in (0, 1))}
+    for name, change in changes.items():
+        torch.testing.assert_close(delta[name], change, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.filterwarnings(*PEFT_WARNINGS)
+def test_a_wrong_flag_beside_a_square_module_is_refused(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(gpt2_config())
+    base = saved(model, tmp_path / "base")
+    adapter_of(model, tmp_path / "adapter", target_modules=["c_attn", "c_proj", "lm_head"])
+    with pytest.raises(NotHomologousError) as caught:
+        load_delta(base=base, finetuned=tmp_path / "adapter")
+    message = str(caught.value)
+    assert message.startswith(
+        f"{tmp_path / 'adapter'}: fan_in_fan_out is wrong for 'transformer.h.0.attn.c_attn.weight'"
+    )
+    assert "the square 'transformer.h.0.attn.c_proj.weight' cannot be told; merge the adapter into its base" in message
+
+
+@pytest.mark.filterwarnings(*PEFT_WARNINGS)
+def test_what_an_adapter_holds_whole_is_warned_of_and_covered_by_its_own_reason(tmp_path: Path) -> None:
+    model = tiny_llama(tie_word_embeddings=False)
+    base = saved(model, tmp_path / "base")
+    adapter_of(model, tmp_path / "adapter", target_modules=["q_proj"], modules_to_save=["lm_head"])
+    with pytest.warns(
+        UserWarning, match=r"adapter: 1 of its tensors are not in the delta, such as 'lm_head\.weight' \("
+    ):
+        delta = load_delta(base=base, finetuned=tmp_path / "adapter")
+    rows = by_tensor(delta)
+    assert rows.loc[HEAD, ["status", "reason"]].tolist() == ["only in base", STORED_WHOLE]
+    assert rows.loc[EMBEDDINGS, "reason"] == "the fine-tune leaves it as it is"
+
+
+@pytest.mark.filterwarnings(*PEFT_WARNINGS)
+def test_an_adapter_is_no_base(tmp_path: Path) -> None:
+    model = tiny_llama(tie_word_embeddings=False)
+    base = saved(model, tmp_path / "base")
+    adapter_of(model, tmp_path / "adapter", target_modules=["q_proj"])
+    for finetuned in (base, tmp_path / "adapter"):
+        with pytest.raises(NotHomologousError, match="adapter: is an adapter, not a base; give the model that it was"):
+            load_delta(base=tmp_path / "adapter", finetuned=finetuned)
+
+
 def test_a_vocabulary_is_not_cut_where_the_hidden_size_differs(save_checkpoint: SaveCheckpoint) -> None:
     base = {EMBEDDINGS: normal(0, 9, 8), "model.norm.weight": normal(1, 3)}
     finetuned = {EMBEDDINGS: normal(2, 10, 6), "model.norm.weight": normal(3, 3)}
@@ -333,6 +439,12 @@ def test_a_published_delta_says_nothing_of_what_it_leaves_alone(save_checkpoint:
     rows = by_tensor(load_delta(**folders, finetuned_is_delta=True))
     assert rows.loc["b.weight", ["status", "reason"]].tolist() == ["only in base", "the fine-tune leaves it as it is"]
     assert rows.loc["a.weight", ["status", "reason"]].tolist() == ["compared", ""]
+
+
+def test_buffers_of_a_published_delta_are_not_warned_of(save_checkpoint: SaveCheckpoint) -> None:
+    tensors = {"a.weight": normal(0, 4), "a.rotary_emb.inv_freq": normal(1, 4)}
+    folders = {"base": save_checkpoint("base", tensors), "finetuned": save_checkpoint("change", tensors)}
+    assert list(load_delta(**folders, finetuned_is_delta=True)) == ["a.weight"]
 
 
 def test_a_published_delta_is_noticed_and_not_subtracted_from(save_checkpoint: SaveCheckpoint) -> None:

@@ -551,3 +551,25 @@ def test_summary_of_magnitude_pruning(coarse: Delta) -> None:
     zero = (together["zero_before"] * together["numel"]).sum()
     dropped = (together["achieved_drop_rate"] * (1 - together["zero_before"]) * together["numel"]).sum()
     assert zero + dropped == pytest.approx(round(0.6 * total))
+
+
+def test_nobody_writes_into_a_module_by_way_of_its_delta() -> None:
+    base, finetuned = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    before = {name: tensor.clone() for name, tensor in finetuned.state_dict().items()}
+    alone, against = load_delta(base=None, finetuned=finetuned), load_delta(base=base, finetuned=finetuned)
+    for name in before:
+        alone[name].zero_()
+        for tensor in against.read(name):
+            assert tensor is not None
+            tensor.zero_()
+        alone.finetuned[name].zero_()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in finetuned.state_dict().items())
+    assert base.weight.abs().min() > 0
+
+
+def test_a_module_without_data_is_refused() -> None:
+    with torch.device("meta"):
+        empty = torch.nn.Linear(3, 2)
+    for sides in ({"base": None, "finetuned": empty}, {"base": empty, "finetuned": torch.nn.Linear(3, 2)}):
+        with pytest.raises(CheckpointError, match="Linear: has parameters without data; load its weights first"):
+            load_delta(**sides)

@@ -128,8 +128,12 @@ def test_a_stored_entry_travels_to_other_processes(file: Path) -> None:
     assert torch.equal(again.read(), entry.read())
 
 
-def test_what_is_held_is_handed_out_as_it_is() -> None:
+def test_what_is_held_is_handed_out_as_a_copy() -> None:
     tensor = torch.arange(6.0).reshape(2, 3)
     entry = Held(tensor)
     assert (entry.shape, entry.dtype, entry.files) == ((2, 3), torch.float32, ())
-    assert entry.read() is tensor
+    read = entry.read()
+    assert read.device.type == "cpu"
+    assert torch.equal(read, tensor)
+    read.zero_()
+    assert tensor.tolist() == [[0, 1, 2], [3, 4, 5]]

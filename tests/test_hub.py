@@ -232,11 +232,11 @@ def test_shards_are_those_that_the_index_names(hub: FakeHub) -> None:
     assert hub.fetched() == names_in(folder) == ["config.json", *SHARDS, "model.safetensors.index.json"]
 
 
-def test_an_index_goes_before_a_single_file(hub: FakeHub) -> None:
+def test_a_single_file_goes_before_an_index_that_is_left_over(hub: FakeHub) -> None:
     hub.hold("model.safetensors", "config.json", *SHARDS)
     hub.files["model.safetensors.index.json"] = INDEX.encode()
-    fetch_weights(HubId(REPO, None))
-    assert hub.fetched() == ["config.json", *SHARDS, "model.safetensors.index.json"]
+    folder = fetch_weights(HubId(REPO, None))
+    assert hub.fetched() == names_in(folder) == ["config.json", "model.safetensors"]
 
 
 def test_pickles_are_fetched_where_there_is_nothing_better(hub: FakeHub) -> None:

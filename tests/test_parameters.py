@@ -139,3 +139,17 @@ def test_seeds_are_consecutive() -> None:
 def test_every_parameter_has_a_field() -> None:
     own = {"vocab", "finetuned_is_delta"}
     assert {field.name for field in fields(RANGES)} - own < {field.name for field in fields(ABLATION)}
+
+
+def test_either_side_of_a_known_pair_may_be_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("delta_analysis.parameters.pair_sources", lambda pair: (PAIR["base"], PAIR["finetuned"]))
+    other = {"base": "zoo:small/code-cpt", "finetuned": "zoo:small/code"}
+    for given, sources in (
+        ({"base": "pair:known", "finetuned": other["finetuned"]}, (PAIR["base"], other["finetuned"])),
+        ({"base": other["base"], "finetuned": "pair:known"}, (other["base"], PAIR["finetuned"])),
+        ({"base": "pair:known", "finetuned": "pair:known"}, tuple(PAIR.values())),
+        ({"base": "pair:known"}, tuple(PAIR.values())),
+        ({"finetuned": "pair:known"}, tuple(PAIR.values())),
+    ):
+        for parameters in (replace(RANGES, **given), replace(ABLATION, **given)):  # type: ignore[arg-type]
+            assert (parameters.base, parameters.finetuned) == sources

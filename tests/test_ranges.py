@@ -16,6 +16,8 @@ from transformers import (
     MixtralConfig,
     MixtralForCausalLM,
     PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 from delta_analysis.delta import Delta, load_delta
@@ -56,9 +58,11 @@ def mixed(save_checkpoint: SaveCheckpoint) -> Delta:
 
 
 def concatenated(delta: Delta, names: list[str]) -> dict[str, float]:
+    """Of all entries together, but for the storage step, which is the largest of the tensors'."""
     assert delta.base is not None
-    values = np.concatenate([delta[name].numpy().reshape(-1) for name in names])
-    return by_hand(values, np.concatenate([delta.base[name].numpy().reshape(-1) for name in names]))
+    sides = [(delta[name].numpy().reshape(-1), delta.base[name].numpy().reshape(-1)) for name in names]
+    values, base = (np.concatenate(side) for side in zip(*sides, strict=True))
+    return {**by_hand(values, base), "storage_step": max(by_hand(*side)["storage_step"] for side in sides)}
 
 
 def test_columns_are_those_of_the_docstring(mixed: Delta) -> None:
@@ -152,6 +156,33 @@ def test_a_place_is_a_module_of_one_layer_with_all_its_experts(save_checkpoint: 
         assert_rows_agree({key: row[key] for key in row if key not in LABELS}, concatenated(delta, members))
 
 
+def test_the_storage_step_of_a_group_is_the_largest_of_its_tensors(save_checkpoint: SaveCheckpoint) -> None:
+    # Merged, the large float32 matrix beside the bfloat16 norm would make a step of 2^-4, which no tensor has.
+    base = {"layers.0.a.weight": torch.full((1000,), 10.0), "layers.0.b.weight": torch.ones(2, dtype=torch.bfloat16)}
+    finetuned = {name: tensor * 2 for name, tensor in base.items()}
+    delta = load_delta(base=save_checkpoint("base", base), finetuned=save_checkpoint("finetuned", finetuned))
+    found = tally_delta(delta)
+    assert value_ranges(found)["storage_step"].tolist() == [2.0**-20, 2.0**-7]
+    for by in ("layer", "kind", "model"):
+        assert value_ranges(found, by=by)["storage_step"].tolist() == [2.0**-7]
+
+
+def test_the_two_stacks_of_t5_are_places_of_their_own(tmp_path: Path) -> None:
+    sizes = {"d_model": 8, "d_kv": 4, "d_ff": 12, "num_layers": 2, "num_heads": 2, "vocab_size": 11}
+    for side in ("base", "finetuned"):
+        T5ForConditionalGeneration(T5Config(**sizes)).save_pretrained(tmp_path / side)
+    delta = load_delta(base=tmp_path / "base", finetuned=tmp_path / "finetuned")
+    table = value_ranges(delta, by="place")
+    # One tensor a place: layer 0 of the encoder is not layer 0 of the decoder.
+    assert table["tensors"].tolist() == [1] * len(delta)
+    attention = table[table["module"].str.endswith("layer.0.SelfAttention.q")]
+    assert attention[["layer", "module"]].to_numpy().tolist() == [
+        [layer, f"{stack}.layer.0.SelfAttention.q"] for layer in (0, 1) for stack in ("decoder", "encoder")
+    ]
+    norms = table.loc[table["layer"] == -1, "module"].tolist()
+    assert norms == ["decoder.final_layer_norm", "encoder.final_layer_norm", "shared"]
+
+
 def test_without_a_base_relative_rms_is_missing(mixed: Delta) -> None:
     table = value_ranges(load_delta(base=None, finetuned=mixed.finetuned.source), by="model")
     assert table["relative_rms"].isna().all()
@@ -174,7 +205,9 @@ def test_nan_and_infinite_entries_are_counted_with_a_warning(save_checkpoint: Sa
         table = value_ranges(delta)
     assert len(caught) == 1
     message = str(caught[0].message)
-    assert message.startswith(f"{folder}: tensor 'broken.weight' has 3 NaN or infinite entries of 6; ")
+    assert message.startswith(
+        f"{folder}: 1 of 2 tensors have NaN or infinite entries on either side: 'broken.weight' has 3 of 6; "
+    )
     assert "nonfinite" in message
     assert table["nonfinite"].tolist() == [3, 0]
     assert table["numel"].tolist() == [6, 2]

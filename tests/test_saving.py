@@ -5,9 +5,12 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import numpy as np
@@ -15,7 +18,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from scipy.special import ndtr
 from transformers import (
     AutoModelForCausalLM,
@@ -135,8 +138,31 @@ def test_the_dtype_asked_for_is_that_of_files_and_configuration(
         assert tensor.dtype == getattr(torch, expected)
         assert table.loc[name, "dtype"] == expected
         torch.testing.assert_close(tensor, (base[name].float() + delta[name]).to(tensor.dtype), rtol=0, atol=0)
+    # Of 5 entries each most bytes are float32, whatever the fine-tune's configuration said.
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config == {"dtype": dtype or "float16", "hidden_size": 5}
+    assert config == {"dtype": dtype or "float32", "hidden_size": 5}
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"hidden_size": 4}, {"hidden_size": 4, "dtype": "bfloat16"}),
+        ({"torch_dtype": "float32"}, {"torch_dtype": "bfloat16"}),
+        (
+            {"dtype": "float32", "text_config": {"dtype": "float16", "hidden_size": 4}},
+            {"dtype": "bfloat16", "text_config": {"dtype": "bfloat16", "hidden_size": 4}},
+        ),
+    ],
+    ids=["silent", "old key", "nested"],
+)
+def test_the_configuration_names_the_dtype_of_most_bytes(
+    save_checkpoint: SaveCheckpoint, tmp_path: Path, config: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    # More tensors are float32; more bytes are bfloat16.
+    small = {f"{name}.bias": torch.ones(2) for name in "abc"}
+    folder = save_checkpoint("base", {**small, "a.weight": torch.ones(4, 4, dtype=torch.bfloat16)}, config=config)
+    saving.save_checkpoint(open_checkpoint(folder), load_delta(base=folder, finetuned=folder), tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == expected
 
 
 def test_shards_and_index_are_as_transformers_writes_them(tmp_path: Path) -> None:
@@ -193,6 +219,22 @@ def test_a_folder_of_a_tokenizers_name_is_left_behind(save_checkpoint: SaveCheck
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["model.safetensors", "tokenizer.model"]
 
 
+@pytest.mark.parametrize("own", [(), ("generation_config.json",)], ids=["nothing", "generation only"])
+def test_a_tokenizer_that_the_fine_tune_lacks_is_the_bases(
+    save_checkpoint: SaveCheckpoint, tmp_path: Path, own: tuple[str, ...]
+) -> None:
+    folders = {name: save_checkpoint(name, {"a.weight": torch.ones(2)}, config={}) for name in ("base", "finetuned")}
+    # As the first BERTs have it: a vocabulary alone.
+    (folders["base"] / "vocab.txt").write_text("base")
+    for name in own:
+        (folders["finetuned"] / name).write_text("{}")
+    saving.save_checkpoint(open_checkpoint(folders["base"]), load_delta(**folders), tmp_path / "out")
+    assert (tmp_path / "out" / "vocab.txt").read_text() == "base"
+    (folders["finetuned"] / "vocab.txt").write_text("finetuned")
+    saving.save_checkpoint(open_checkpoint(folders["base"]), load_delta(**folders), tmp_path / "own")
+    assert (tmp_path / "own" / "vocab.txt").read_text() == "finetuned"
+
+
 def test_the_configuration_is_the_models_that_is_saved(save_checkpoint: SaveCheckpoint, tmp_path: Path) -> None:
     base = save_checkpoint("base", {"a.weight": torch.ones(2, 2)}, config={"rope_theta": 1e4})
     change = {"a.weight": torch.full((2, 2), 0.5)}
@@ -201,7 +243,10 @@ def test_the_configuration_is_the_models_that_is_saved(save_checkpoint: SaveChec
     for i, (finetuned, is_delta, theta) in enumerate(((longer, False, 1e6), (longer, True, 1e4), (bare, False, 1e4))):
         delta = load_delta(base=base, finetuned=finetuned, finetuned_is_delta=is_delta)
         saving.save_checkpoint(open_checkpoint(base), delta, tmp_path / str(i))
-        assert json.loads((tmp_path / str(i) / "config.json").read_text()) == {"rope_theta": theta}
+        assert json.loads((tmp_path / str(i) / "config.json").read_text()) == {
+            "rope_theta": theta,
+            "dtype": "float32",
+        }
 
 
 def test_a_delta_from_zero_is_refused(save_checkpoint: SaveCheckpoint, tmp_path: Path) -> None:
@@ -305,6 +350,17 @@ def test_an_adapter_is_merged_as_peft_merges_it(tmp_path: Path, with_base: bool)
         assert (table.loc[name, "changed"] > 0) == name.endswith(("q_proj.weight", "up_proj.weight"))
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+def test_an_adapter_is_no_base_to_save(tmp_path: Path) -> None:
+    model = tiny_llama(tie_word_embeddings=False)
+    model.save_pretrained(tmp_path / "base")
+    get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    delta = load_delta(base=tmp_path / "base", finetuned=tmp_path / "adapter")
+    with pytest.raises(NotHomologousError, match="adapter: is an adapter, not a base; give the model"):
+        saving.save_checkpoint(open_checkpoint(tmp_path / "adapter"), delta, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def round_to_bfloat16(values: np.ndarray) -> np.ndarray:
     """To the nearest bfloat16, to even in the middle, in integers alone."""
     bits = values.astype(np.float32).view(np.uint32).astype(np.uint64)
@@ -381,6 +437,17 @@ def test_nothing_is_overwritten(small: tuple[Path, Path], tmp_path: Path) -> Non
     assert set(open_checkpoint(tmp_path / "empty")) == set(base)
 
 
+def test_a_link_to_an_empty_folder_is_saved_to(small: tuple[Path, Path], tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk", target_is_directory=True)
+    base, delta = open_checkpoint(small[0]), load_delta(base=small[0], finetuned=small[1])
+    saving.save_checkpoint(base, delta, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert set(open_checkpoint(tmp_path / "link")) == set(open_checkpoint(tmp_path / "disk")) == set(base)
+    with pytest.raises(FileExistsError):
+        saving.save_checkpoint(base, delta, tmp_path / "link")
+
+
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_an_exception_in_the_middle_leaves_nothing(
     small: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
@@ -429,12 +496,45 @@ def test_a_process_killed_in_the_middle_leaves_nothing_under_the_name(small: tup
     assert finished.returncode == -9, finished.stderr.decode()
     assert not out.exists()
     (left,) = set(tmp_path.iterdir()) - set(before)
+    assert re.fullmatch(r"\.out\.\w{8}\.partial", left.name)
     assert list(left.glob("*.safetensors"))
     base, delta = open_checkpoint(small[0]), load_delta(base=small[0], finetuned=small[1])
     saving.save_checkpoint(base, delta, out)
     assert set(open_checkpoint(out)) == set(base)
-    assert sorted(tmp_path.iterdir()) == sorted([*before, out])
+    # What the killed one left may be that of another that still runs, and stays.
+    assert sorted(tmp_path.iterdir()) == sorted([*before, out, left])
     assert not list(out.glob("model-0*"))
+
+
+def test_of_two_saves_at_once_one_wins_whole(small: tuple[Path, Path], tmp_path: Path) -> None:
+    base, delta = open_checkpoint(small[0]), load_delta(base=small[0], finetuned=small[1])
+    before, both, out = sorted(tmp_path.iterdir()), Barrier(2), tmp_path / "out"
+
+    class Meeting:
+        """Comes to the end of a save only when the other save does."""
+
+        method = "meeting"
+
+        def __init__(self, factor: float) -> None:
+            self.factor = factor
+
+        def __call__(self, tensor: torch.Tensor, *, name: str, seed: int) -> torch.Tensor:
+            if "layers.3" in name:
+                both.wait(timeout=60)
+            return tensor * self.factor
+
+    with ThreadPoolExecutor(2) as threads:
+        saves = [
+            threads.submit(saving.save_checkpoint, base, delta.pruned(Meeting(factor), seed=0), out, max_shard_size=500)
+            for factor in (0.0, 1.0)
+        ]
+        errors = [save.exception() for save in saves]
+    (winner,) = (factor for factor, error in zip((0.0, 1.0), errors, strict=True) if error is None)
+    assert isinstance(next(error for error in errors if error is not None), OSError)
+    saved = open_checkpoint(out)
+    assert set(saved) == set(base)
+    assert all(torch.equal(saved[name], base[name] + winner * delta[name]) for name in base)
+    assert sorted(tmp_path.iterdir()) == sorted([*before, out])
 
 
 def test_a_weight_beyond_float16_is_refused_and_nothing_is_left(
@@ -461,6 +561,17 @@ def test_an_infinite_weight_of_the_base_is_no_overflow(save_checkpoint: SaveChec
     np.testing.assert_array_equal(saved, np.array([np.inf, np.nan, 4.0], dtype=np.float16))
 
 
+def test_an_own_row_beyond_float16_is_refused_too(save_checkpoint: SaveCheckpoint, tmp_path: Path) -> None:
+    name = "model.embed_tokens.weight"
+    base = save_checkpoint("base", {name: torch.ones(2, 3)})
+    tuned = save_checkpoint("tuned", {name: torch.tensor([[1.0] * 3, [2.0] * 3, [70000.0, torch.inf, 1.0]])})
+    checkpoint, delta = open_checkpoint(base), load_delta(base=base, finetuned=tuned)
+    with pytest.raises(ValueError, match="has 1 entries beyond the range of float16"):
+        saving.save_checkpoint(checkpoint, delta, tmp_path / "out", dtype="float16")
+    saving.save_checkpoint(checkpoint, delta, tmp_path / "out", dtype="bfloat16")
+    assert load_file(tmp_path / "out" / "model.safetensors")[name][2].tolist() == [70144.0, torch.inf, 1.0]
+
+
 @pytest.mark.parametrize("dtype", ["float64", "int8", "bf16", ""])
 def test_an_unknown_dtype_is_refused(small: tuple[Path, Path], tmp_path: Path, dtype: str) -> None:
     delta = load_delta(base=small[0], finetuned=small[1])
@@ -479,10 +590,32 @@ def test_a_delta_of_another_model_is_refused(
         folder = save_checkpoint(f"another {shape}", tensors)
         with pytest.raises(NotHomologousError) as caught:
             saving.save_checkpoint(open_checkpoint(folder), delta, tmp_path / "out")
-        assert f"'model.layers.0.a.weight' has shape {shape}, where the delta changes one of (10, 10)" in str(
-            caught.value
-        )
+        assert f"'model.layers.0.a.weight' has shape {shape}, where the delta's base has (10, 10)" in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_base_with_more_rows_than_the_deltas_own_is_refused(save_checkpoint: SaveCheckpoint, tmp_path: Path) -> None:
+    name = "model.embed_tokens.weight"
+    base, other, tuned = (save_checkpoint(f"rows {rows}", {name: normal(rows, rows, 4)}) for rows in (9, 12, 11))
+    delta = load_delta(base=base, finetuned=tuned)
+    with pytest.raises(
+        NotHomologousError, match=r"has shape \(12, 4\), where the delta's base has \(9, 4\); save with"
+    ):
+        saving.save_checkpoint(open_checkpoint(other), delta, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("is_delta", [True, False], ids=["published delta", "fine-tune"])
+def test_the_same_base_under_another_prefix_is_fine(small: tuple[Path, Path], tmp_path: Path, is_delta: bool) -> None:
+    delta = load_delta(base=small[0], finetuned=small[1], finetuned_is_delta=is_delta)
+    tensors = load_file(small[0] / "model.safetensors")
+    bare = tmp_path / "bare.safetensors"
+    save_file({name.removeprefix("model."): tensor for name, tensor in tensors.items()}, bare)
+    saving.save_checkpoint(open_checkpoint(bare), delta, tmp_path / "out")
+    saved = load_file(tmp_path / "out" / "model.safetensors")
+    assert set(saved) == ({name.removeprefix("model.") for name in tensors} if is_delta else set(tensors))
+    for name, tensor in tensors.items():
+        assert torch.equal(saved[name.removeprefix("model.") if is_delta else name], tensor + delta[name])
 
 
 def test_scalars_and_empty_tensors_are_saved(save_checkpoint: SaveCheckpoint, tmp_path: Path) -> None:

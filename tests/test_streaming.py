@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import sys
 import warnings
@@ -15,6 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from delta_analysis import streaming, tally
 from delta_analysis._errors import CheckpointError
@@ -60,7 +62,7 @@ def pair(save_checkpoint: SaveCheckpoint) -> Delta:
 
 
 def found_in(delta: Delta, **how: Any) -> Tallies:
-    with pytest.warns(UserWarning, match="9 NaN or infinite entries"):
+    with pytest.warns(UserWarning, match="1 of 8 tensors have NaN or infinite entries.* has 9 of"):
         return tally_delta(delta, **how)
 
 
@@ -205,6 +207,37 @@ def test_a_published_delta_is_measured_and_not_subtracted(save_checkpoint: SaveC
     expected = by_hand(change.bfloat16().float().numpy(), base.numpy())
     assert row["rms"] == pytest.approx(expected["rms"], rel=1e-12)
     assert row["relative_rms"] == pytest.approx(expected["relative_rms"], rel=1e-12)
+    assert math.isnan(row["storage_step"])
+
+
+def test_an_adapter_has_no_storage_step(save_checkpoint: SaveCheckpoint, tmp_path: Path) -> None:
+    name, folder = "a.q_proj", tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 4}')
+    factors = {"A": normal(0, 2, 6).bfloat16(), "B": normal(1, 5, 2).bfloat16()}
+    stored = {f"base_model.model.{name}.lora_{kind}.weight": factor for kind, factor in factors.items()}
+    save_file(stored, folder / "adapter_model.safetensors")
+    base = save_checkpoint("base", {f"{name}.weight": normal(2, 5, 6).bfloat16()})
+    (row,) = tally_delta(load_delta(base=base, finetuned=folder)).tensors.to_dict("records")
+    assert math.isnan(row["storage_step"])
+    assert row["relative_rms"] > 0
+
+
+@pytest.mark.parametrize("how", ["published", "pruned"])
+def test_an_entry_whose_base_is_not_finite_is_counted_beside_the_delta_too(
+    save_checkpoint: SaveCheckpoint, how: str
+) -> None:
+    base = save_checkpoint("base", {"a.weight": torch.tensor([1.0, torch.nan, torch.inf, 2.0])})
+    other = save_checkpoint("other", {"a.weight": torch.tensor([3.0, 4.0, 5.0, 9.0])})
+    delta = load_delta(base=base, finetuned=other, finetuned_is_delta=how == "published")
+    if how == "pruned":
+        # What is dropped is zero, whatever the base was.
+        delta = delta.pruned(lambda tensor, *, name, seed: torch.zeros_like(tensor), seed=0)
+    with pytest.warns(UserWarning, match=r"'a\.weight' has 2 of 4"):
+        (row,) = tally_delta(delta).tensors.to_dict("records")
+    change = [3.0, 9.0] if how == "published" else [0.0, 0.0]
+    assert (row["nonfinite"], row["min"], row["max"], row["mean"]) == (2, *change, sum(change) / 2)
+    assert row["relative_rms"] == pytest.approx(math.hypot(*change) / math.hypot(1, 2))
 
 
 @pytest.mark.parametrize("broken", ["base", "finetuned"])
@@ -250,6 +283,33 @@ def test_after_an_error_no_task_is_left_waiting(pair: Delta) -> None:
     assert all(future.cancelled() for future in futures[1:])
 
 
+@pytest.mark.parametrize("error", [CheckpointError("broken"), KeyboardInterrupt()], ids=["error", "interrupt"])
+def test_after_an_error_the_other_tasks_of_the_same_tensor_are_cancelled(
+    save_checkpoint: SaveCheckpoint, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    monkeypatch.setattr(streaming, "TASK", 1000)
+    futures: list[Future[Any]] = []
+
+    class Stalled(Executor):
+        def submit(self, *args: Any, **options: Any) -> Future[Any]:
+            futures.append(Future())
+            return futures[-1]
+
+    executor = Stalled()
+    delta = load_delta(base=None, finetuned=save_checkpoint("model", {"a.weight": normal(0, 5000)}))
+    submit = streaming._submit
+
+    def submit_and_fail(*args: Any, **options: Any) -> list[Future[Any]]:
+        tasks = submit(*args, **options)
+        tasks[0].set_exception(error)
+        return tasks
+
+    monkeypatch.setattr(streaming, "_submit", submit_and_fail)
+    with pytest.raises(type(error)):
+        tally_delta(delta, executor=executor)
+    assert [future.cancelled() for future in futures] == [False, True, True, True, True]
+
+
 def test_a_pass_hands_out_a_bounded_number_of_tasks(
     save_checkpoint: SaveCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -277,6 +337,8 @@ def test_a_pruned_delta_is_tallied_as_it_is_read(save_checkpoint: SaveCheckpoint
     pruned = delta.pruned(Dare(0.75), seed=1)
     for row in tally_delta(pruned).tensors.to_dict("records"):
         expected = by_hand(pruned[row["tensor"]].numpy(), base[row["tensor"]].numpy())
+        # What was computed was not rounded to the steps of the weights.
+        expected["storage_step"] = math.nan
         assert_rows_agree({key: row[key] for key in expected}, expected)
 
 
@@ -315,20 +377,21 @@ def test_zeros_that_are_no_rounding_are_not_warned_of(save_checkpoint: SaveCheck
     tally_delta(load_delta(base=frozen, finetuned=tiny, finetuned_is_delta=True))
 
 
-def test_every_broken_tensor_is_named_with_its_number_of_entries(save_checkpoint: SaveCheckpoint) -> None:
+def test_one_warning_counts_the_broken_tensors_and_names_three(save_checkpoint: SaveCheckpoint) -> None:
     bad = {
         "a.weight": torch.tensor([torch.nan, 1.0]),
         "b.weight": torch.ones(3),
-        "c.weight": torch.full((4,), torch.inf),
+        **{f"{name}.weight": torch.full((4,), torch.inf) for name in "cde"},
     }
     delta = load_delta(base=None, finetuned=save_checkpoint("model", bad))
     with pytest.warns(UserWarning) as caught:
         found = tally_delta(delta)
-    assert [str(each.message).split(";")[0] for each in caught] == [
-        f"{delta.finetuned.source}: tensor 'a.weight' has 1 NaN or infinite entries of 2",
-        f"{delta.finetuned.source}: tensor 'c.weight' has 4 NaN or infinite entries of 4",
+    assert [str(each.message) for each in caught] == [
+        f"{delta.finetuned.source}: 4 of 5 tensors have NaN or infinite entries on either side: "
+        "'a.weight' has 1 of 2; 'c.weight' has 4 of 4; 'd.weight' has 4 of 4; "
+        "they are counted in column nonfinite and left out of every statistic"
     ]
-    assert found.tensors["nonfinite"].tolist() == [1, 0, 4]
+    assert found.tensors["nonfinite"].tolist() == [1, 0, 4, 4, 4]
     assert found.tensors["mean"].tolist()[:2] == [1.0, 1.0]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from delta_analysis.checkpoint import open_checkpoint
@@ -51,6 +52,21 @@ class Reads:
         assert tokenizer.padding_side == "left"
         assert not model.training
         return flat({name: model.get_parameter(name) for name in self.names}, self.names)
+
+
+@dataclass(frozen=True)
+class Logits:
+    """Gives the logits of a few tokens as outcomes."""
+
+    metric: str = "accuracy"
+
+    def __call__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+        return logits(model)
+
+
+def logits(model: torch.nn.Module) -> np.ndarray:
+    with torch.no_grad():
+        return model(torch.arange(10).reshape(2, 5)).logits.double().flatten().numpy()
 
 
 @dataclass(frozen=True)
@@ -205,6 +221,52 @@ def test_tensor_that_the_base_lacks_stays_finetuned(family: Family, save_checkpo
     assert np.array_equal(
         outcomes, flat({UP: family.base_weights[UP], NORM: family.finetuned_weights[NORM]}, (UP, NORM))
     )
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.is_gradient_checkpointing:FutureWarning",
+    "ignore:Model has .tie_word_embeddings=True.:UserWarning",
+    "ignore:Setting .save_embedding_layers.:UserWarning",
+    r"ignore:.*'lm_head\.base_layer\.weight':UserWarning",
+)
+def test_a_change_of_a_tied_head_leaves_the_embeddings(family: Family, tmp_path: Path) -> None:
+    wrapped = get_peft_model(load_model(open_checkpoint(family.base)), LoraConfig(r=2, target_modules=["lm_head"]))
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(generator=torch.Generator().manual_seed(len(name)))
+    wrapped.save_pretrained(tmp_path)
+    model = load_model(open_checkpoint(family.base))
+    base, peft = logits(model), logits(PeftModel.from_pretrained(model, tmp_path))
+    pair = Pair("base → adapter", str(family.base), str(tmp_path), Logits())
+    whole, none = sweep([pair], [Dare(0), Dare(1)], [0])["outcomes"]
+    np.testing.assert_allclose(whole, peft, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(none, base)
+    assert np.abs(peft - base).max() > 0.1
+    editable = EditableModel.load(pair)
+    editable.judge(Dare(0), 0)
+    assert torch.equal(editable.model.get_parameter("lm_head.weight"), family.base_weights[EMBED])
+
+
+def test_a_grown_vocabulary_is_judged_with_its_own_rows(family: Family, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    tuned = load_model(open_checkpoint(family.finetuned))
+    tuned.resize_token_embeddings(99, mean_resizing=False)
+    tuned.save_pretrained(tmp_path)
+    character_tokenizer().save_pretrained(tmp_path)
+    grown = tuned.get_input_embeddings().weight.detach()
+    pair = Pair("base → grown", str(family.base), str(tmp_path), Reads((EMBED,)))
+    kept, dropped = sweep([pair], [Dare(0), Dare(1)], [0])["outcomes"]
+    np.testing.assert_array_equal(kept, flat({EMBED: grown}, (EMBED,)))
+    np.testing.assert_array_equal(dropped, flat({EMBED: torch.cat([family.base_weights[EMBED], grown[97:]])}, (EMBED,)))
+
+
+def test_a_name_that_the_model_lacks_is_refused(family: Family) -> None:
+    editable = EditableModel.load(family.pair(NORM))
+    before, strange = model_state(editable), {"model.layers.0.extra.weight": torch.ones(2)}
+    with pytest.raises(ValueError, match=r"'model\.layers\.0\.extra\.weight' has no place in the model"):
+        replace(editable, base=editable.base | strange, delta=editable.delta | strange).judge(Dare(0.5), 0)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in editable.model.state_dict().items())
 
 
 def test_a_sweep_repeats_itself_and_does_not_depend_on_its_order(family: Family) -> None:

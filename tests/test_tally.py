@@ -30,7 +30,7 @@ def order_statistic(values: np.ndarray, q: Fraction) -> float:
 def by_hand(values: np.ndarray, base: np.ndarray | None = None) -> dict[str, float]:
     """Every statistic of a row, out of all entries at once, in float64."""
     values = values.reshape(-1).astype(np.float64)
-    finite = np.isfinite(values)
+    finite = np.isfinite(values) & (True if base is None else np.isfinite(base.reshape(-1)))
     x = values[finite]
     row = {
         "numel": len(values),
@@ -275,6 +275,19 @@ def test_entries_that_are_not_finite_are_left_out(bad: float) -> None:
     assert (found.numel, found.nonfinite, found.finite) == (500, 3, 497)
     expected = {**by_hand(values[kept], base[kept]), "numel": 500, "nonfinite": 3}
     assert_rows_agree(found.row(), expected)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_entries_whose_base_is_not_finite_are_left_out(bad: float, dtype: torch.dtype) -> None:
+    # More than a run of the kernel; at one place both sides are bad, which counts once.
+    values = torch.randn(5000, generator=torch.Generator().manual_seed(0))
+    base = torch.randn(5000, generator=torch.Generator().manual_seed(1)).to(dtype)
+    base[[0, 7, 4096, 4999]] = bad
+    values[7] = torch.nan
+    row = tally(values, base).row()
+    assert row["nonfinite"] == 4
+    assert_rows_agree(row, by_hand(values.numpy(), base.float().numpy()))
 
 
 @settings(deadline=None)
