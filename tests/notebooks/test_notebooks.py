@@ -51,7 +51,7 @@ def test_parameters_are_those_of_the_dataclass_and_have_help(name: str) -> None:
     assert list(declared) == [field.name for field in fields(PARAMETERS[name])]
     for parameter in declared.values():
         assert parameter["help"], parameter
-        assert parameter["inferred_type_name"] in {"str", "int", "float", "list"}
+        assert parameter["inferred_type_name"] in {"str", "int", "float", "list", "bool"}
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
