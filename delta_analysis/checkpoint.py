@@ -163,11 +163,11 @@ def _checkpoint(
         )
     buffers = {name: reason for name, entry in found.items() if (reason := _not_a_weight(source, name, entry))}
     repeated = {name: f"tied to {first}, counted there" for name, first in _repeated(found).items()}
-    skipped = {**skipped, **repeated, **buffers}
-    entries = {name: found[name] for name in sorted(found, key=reading_order) if name not in {**repeated, **buffers}}
+    apart = {**repeated, **buffers}
+    entries = {name: found[name] for name in sorted(found, key=reading_order) if name not in apart}
     if not entries:
         raise CheckpointError(f"{path or source}: holds no weights ({len(buffers)} buffers); nothing to compare")
-    return _without_tied_head(Checkpoint(source, path, entries, skipped, config))
+    return _without_tied_head(Checkpoint(source, path, entries, {**skipped, **apart}, config))
 
 
 def _repeated(found: Mapping[str, Entry]) -> dict[str, str]:

@@ -65,7 +65,8 @@ class Delta(Mapping[str, torch.Tensor]):
     def read(self, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The delta's tensor and the base's, both float32, each side read once; None without a base."""
         match = self.compared[name]
-        finetuned, base = (None if entry is None else _read_float32(entry) for entry in (match.finetuned, match.base))
+        sides = (match.finetuned, match.base)
+        finetuned, base = (None if side is None else side.read().to(torch.float32) for side in sides)
         assert finetuned is not None
         tensor = finetuned if base is None or self.finetuned.is_difference else finetuned - base
         for prune, seed in self._prunes:
@@ -189,10 +190,6 @@ def load_delta(
     if not tuned.is_difference:
         _warn_of_published_delta(delta)
     return delta
-
-
-def _read_float32(entry: Entry) -> torch.Tensor:
-    return entry.read().to(torch.float32)
 
 
 def _not_homologous(delta: Delta) -> NotHomologousError:

@@ -131,9 +131,9 @@ def index_entry(stem: str, title: str, run: dict[str, Any]) -> str:
 
 def index_page(entries: list[str], given: dict[str, str]) -> str:
     """The front page."""
-    subject = (
-        f"{given['base']} → {given['finetuned']}" if "finetuned" in given else "the embedded family of trained models"
-    )
+    # An adapter or a known pair is given without a base.
+    sides = [given[side] for side in ("base", "finetuned") if side in given]
+    subject = " → ".join(sides) or "the embedded family of trained models"
     head = (
         "<h1>What is inside a fine-tuning delta</h1>\n"
         f"<p>Reports on {html.escape(subject)}. Every figure, table and finding was computed in this run.</p>"

@@ -38,6 +38,7 @@ def test_the_index_links_each_report_with_its_headline() -> None:
     assert 'src="results/02_x/headline.png"' in page
     assert "embedded family" in page
     assert "b → f" in report.index_page([], {"base": "b", "finetuned": "f"})
+    assert "Reports on pair:f." in report.index_page([], {"finetuned": "pair:f"})
 
 
 def test_a_notebook_that_fails_ends_the_report_with_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
