@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from delta_analysis.intervals import CONFIDENCE, METRICS, Interval, two_way_resamples
-from delta_analysis.sweep import outcome_matrix
+from delta_analysis.curve import outcome_matrix
+from delta_analysis.intervals import CONFIDENCE, Interval, metric_named, two_way_resamples
 
 UPPER = (1 + CONFIDENCE) / 2
 NORMAL = float(stats.norm.ppf(UPPER))
@@ -26,7 +26,7 @@ def lead(cells: pd.DataFrame, method: str, other: str) -> Interval:
     cells : rows of `sweep` for one pair, at drop rate 0 and at one other.
     """
     outcomes, untouched = _outcomes(cells)
-    metric = METRICS[cells["metric"].iloc[0]]
+    metric = metric_named(cells["metric"].iloc[0])
     one, two = outcomes[method], outcomes[other]
 
     def kept_more(items: np.ndarray) -> np.ndarray:
@@ -35,7 +35,7 @@ def lead(cells: pd.DataFrame, method: str, other: str) -> Interval:
         return metric.kept_share(means[0], means[2]) - metric.kept_share(means[1], means[2])
 
     value = float(kept_more(np.ones((1, untouched.shape[1])))[0])
-    by_items = NORMAL * kept_more(two_way_resamples(1, untouched.shape[1]).items).std()
+    by_items = NORMAL * kept_more(two_way_resamples(1, untouched.shape[1], block=metric.block).items).std()
     by_seed = metric.kept_share(one.mean(axis=1), untouched.mean()) - metric.kept_share(
         two.mean(axis=1), untouched.mean()
     )
@@ -72,7 +72,7 @@ def best_methods(cells: pd.DataFrame) -> pd.DataFrame:
         for drop_rate, group in here[here["drop_rate"].between(0, 1, inclusive="neither")].groupby("drop_rate"):
             both = pd.concat([untouched, group])
             outcomes, start = _outcomes(both)
-            metric = METRICS[here["metric"].iloc[0]]
+            metric = metric_named(here["metric"].iloc[0])
             kept = {m: float(metric.kept_share(o.mean(), start.mean())) for m, o in outcomes.items()}
             best, second = sorted(kept, key=kept.__getitem__, reverse=True)[:2]
             ahead = lead(both, best, second)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
+from delta_analysis.editable import Pair
 from delta_analysis.paths import find_root, zoo_names
 
 
@@ -22,41 +23,53 @@ class Relation(NamedTuple):
         finetuned = short_source(self.finetuned)
         return f"{short_source(self.base)} → {finetuned}" if self.base else finetuned
 
+    @property
+    def pair(self) -> Pair:
+        """As a sweep takes it."""
+        return Pair(self.name, self.base or None, self.finetuned)
+
 
 def short_source(source: str) -> str:
     """The last part of a source: `instruct` for `zoo:small/instruct`, a folder's name for a path."""
     return source.rstrip("/").rsplit("/", 1)[-1]
 
 
-def _zoo(base: str, finetuned: str, kind: str, task: str) -> Relation:
-    return Relation(f"zoo:small/{base}", f"zoo:small/{finetuned}", kind, task)
-
-
 SFT, CPT, BOTH = "SFT", "continual pre-training", "continual pre-training + SFT"
+SIZES = ("tiny", "small", "medium")
+"""The decoders of the family, from few parameters to many."""
 
-TASK_PAIRS = (
-    _zoo("base", "instruct", SFT, "instruct"),
-    _zoo("base", "math", SFT, "math"),
-    _zoo("code-cpt", "code", SFT, "code"),
-    _zoo("base", "code", BOTH, "code"),
-)
-"""Every fine-tune on its true base, and `code` on the base before continual pre-training."""
 
-PAIRS = (*TASK_PAIRS, _zoo("base", "code-cpt", CPT, ""))
+def task_pairs(size: str = "small") -> tuple[Relation, ...]:
+    """Every fine-tune of a size on its true base, and `code` on the base before continual pre-training."""
+    return tuple(
+        Relation(f"zoo:{size}/{base}", f"zoo:{size}/{finetuned}", kind, task)
+        for base, finetuned, kind, task in (
+            ("base", "instruct", SFT, "instruct"),
+            ("base", "math", SFT, "math"),
+            ("code-cpt", "code", SFT, "code"),
+            ("base", "code", BOTH, "code"),
+        )
+    )
+
+
+TASK_PAIRS = task_pairs()
+
+PAIRS = (*TASK_PAIRS, Relation("zoo:small/base", "zoo:small/code-cpt", CPT, ""))
 """The pairs whose deltas are compared: those with a task, and continual pre-training alone."""
 
 ENCODER_PAIRS = tuple(
-    Relation(f"zoo:encoder/{base}", f"zoo:encoder/{finetuned}", kind, "")
-    for base, finetuned, kind in (
-        ("base", "strings", SFT),
-        ("code-cpt", "code", SFT),
-        ("base", "code", BOTH),
-        ("base", "code-cpt", CPT),
+    Relation(f"zoo:encoder/{base}", f"zoo:encoder/{finetuned}", kind, task)
+    for base, finetuned, kind, task in (
+        ("base", "strings", SFT, "strings-right"),
+        ("code-cpt", "code", SFT, "code-right"),
+        ("base", "code", BOTH, "code-right"),
+        ("base", "code-cpt", CPT, ""),
     )
 )
 """The same relations in the embedded encoder, whose tasks are classifications."""
 
-TASKS = ("instruct", "math", "code")
+TASKS = ("instruct", "math", "code", "strings-right", "code-right")
+"""Tasks with a file of held-out questions, or of texts with labels."""
 
 
 def questions_file(task: str) -> Path:

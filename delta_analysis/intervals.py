@@ -18,19 +18,23 @@ class Metric:
     """How a metric follows from the mean of its items, and what share of it an edit keeps.
 
     `kept_share(mean, untouched_mean)` is 1 for the untouched model and falls as the model breaks.
+    `block` neighbouring items are resampled together, where they depend on each other.
     """
 
-    name: str
     value: Callable[[np.ndarray], np.ndarray]
     kept_share: Callable[[np.ndarray, np.ndarray], np.ndarray]
+    block: int = 1
 
 
-METRICS = {
-    "accuracy": Metric("accuracy", lambda mean: mean, lambda mean, untouched: mean / np.maximum(untouched, 1e-12)),
-    "perplexity": Metric("perplexity", np.exp, lambda mean, untouched: np.nan_to_num(np.exp(untouched - mean))),
-}
-"""Items of accuracy are right or wrong answers; items of perplexity are losses of tokens, and what
-is kept of it is the (geometric mean) probability of a token."""
+MEAN = Metric(lambda mean: mean, lambda mean, untouched: mean / np.maximum(untouched, 1e-12))
+"""A mean of items, such as right (1) and wrong (0) answers."""
+PERPLEXITY = Metric(np.exp, lambda mean, untouched: np.nan_to_num(np.exp(untouched - mean)), block=64)
+"""Items are losses of tokens; what is kept of it is the (geometric mean) probability of a token."""
+
+
+def metric_named(name: str) -> Metric:
+    """What a metric of an evaluation is, by its name: `perplexity`, or else a mean of items."""
+    return PERPLEXITY if name == "perplexity" else MEAN
 
 
 class Interval(NamedTuple):
@@ -51,16 +55,17 @@ class Resamples(NamedTuple):
     items: np.ndarray
 
 
-@lru_cache(maxsize=2)
-def two_way_resamples(n_seeds: int, n_items: int, *, count: int = RESAMPLES) -> Resamples:
-    """Bootstrap weights that resample seeds and items independently of each other.
+@lru_cache(maxsize=4)
+def two_way_resamples(n_seeds: int, n_items: int, *, block: int = 1, count: int = RESAMPLES) -> Resamples:
+    """Bootstrap weights that resample seeds and items (blocks of neighbours) independently of each other.
 
     The same weights used on several outcomes of the same seeds and items keep them paired.
     """
-    rng = np.random.default_rng([n_seeds, n_items, count])
+    blocks = -(-n_items // block)
+    rng = np.random.default_rng([n_seeds, blocks, count])
     seeds = rng.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), size=count)
-    items = rng.multinomial(n_items, np.full(n_items, 1 / n_items), size=count)
-    return Resamples(seeds.astype(np.float64), items.astype(np.float64))
+    items = rng.multinomial(blocks, np.full(blocks, 1 / blocks), size=count)
+    return Resamples(seeds.astype(np.float64), np.repeat(items, block, axis=1)[:, :n_items].astype(np.float64))
 
 
 def resampled_means(outcomes: np.ndarray, resamples: Resamples) -> np.ndarray:
@@ -68,11 +73,12 @@ def resampled_means(outcomes: np.ndarray, resamples: Resamples) -> np.ndarray:
 
     `outcomes` is (seeds, items); a single row is an outcome that no seed changes.
     """
-    n_seeds, n_items = outcomes.shape
+    n_seeds = len(outcomes)
     by_seed = resamples.items @ outcomes.T.astype(np.float64)
+    drawn = resamples.items.sum(axis=1)
     if n_seeds == 1:
-        return by_seed[:, 0] / n_items
-    return np.einsum("bs,bs->b", by_seed, resamples.seeds) / (n_seeds * n_items)
+        return by_seed[:, 0] / drawn
+    return np.einsum("bs,bs->b", by_seed, resamples.seeds) / (n_seeds * drawn)
 
 
 def percentile_interval(value: float, samples: np.ndarray) -> Interval:
@@ -90,10 +96,10 @@ def metric_interval(metric: Metric, outcomes: np.ndarray) -> Interval:
 
     Examples
     --------
-    >>> metric_interval(METRICS["accuracy"], np.ones((5, 200)))
+    >>> metric_interval(MEAN, np.ones((5, 200)))
     Interval(value=1.0, low=1.0, high=1.0)
     """
-    samples = resampled_means(outcomes, two_way_resamples(*outcomes.shape))
+    samples = resampled_means(outcomes, two_way_resamples(*outcomes.shape, block=metric.block))
     ends = percentile_interval(outcomes.mean(), samples)
     with np.errstate(over="ignore"):
         return Interval(*metric.value(np.array(ends)).tolist())

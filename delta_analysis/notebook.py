@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import importlib.metadata
 import json
-import platform
-import re
 import warnings
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
@@ -22,13 +18,10 @@ from IPython.display import Markdown, display
 from matplotlib.figure import Figure
 from PIL import Image
 
-from delta_analysis.checkpoint import open_checkpoint
 from delta_analysis.intervals import Interval
 from delta_analysis.paths import resolve, sha256
+from delta_analysis.provenance import file_hashes, versions
 from delta_analysis.tolerance import HIGHEST, LOWEST
-
-PACKAGES = ("delta_analysis", "torch", "transformers", "numpy", "pandas", "safetensors")
-
 
 def say(sentence: str) -> None:
     """Show a sentence that was computed, as text of the report."""
@@ -156,26 +149,13 @@ def write_results(
     run = {
         "headline": headline,
         "parameters": dataclasses.asdict(parameters),
-        "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in PACKAGES}},
+        "versions": versions(),
         "checkpoints": {source: file_hashes(source) for source in sorted(set(sources))},
         "files": {path.name: sha256(path) for path in sorted(set(files))},
     }
     _replace(folder / "results.parquet", lambda path: results.to_parquet(path, index=False))
     _replace(folder / "run.json", lambda path: path.write_text(json.dumps(run, indent=1, ensure_ascii=False) + "\n"))
     _replace(folder / "headline.png", lambda path: figure.savefig(path, format="png", bbox_inches="tight"))
-
-
-def file_hashes(source: str) -> dict[str, str]:
-    """SHA-256 of each weight file of a checkpoint; of one from the hub, the hash that its cache files it under."""
-    files = open_checkpoint(source).files()
-    with ThreadPoolExecutor() as pool:
-        hashes = pool.map(lambda path: _cached_hash(path) or sha256(path), files)
-        return {path.name: digest for path, digest in zip(files, hashes, strict=True)}
-
-
-def _cached_hash(path: Path) -> str:
-    filed = path.resolve().name if path.is_symlink() else ""
-    return filed if re.fullmatch(r"[0-9a-f]{64}", filed) else ""
 
 
 def _replace(path: Path, write: Any) -> None:

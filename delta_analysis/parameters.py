@@ -17,7 +17,16 @@ from delta_analysis._errors import one_of
 from delta_analysis.alignment import VOCABULARIES, Vocabulary
 from delta_analysis.checkpoint import open_checkpoint, tokenizer_folder
 from delta_analysis.delta import Delta, load_delta
-from delta_analysis.evaluate import ExactMatch, TextPerplexity, load_questions
+from delta_analysis.editable import Edit, Pair
+from delta_analysis.evaluate import (
+    Classification,
+    Evaluation,
+    ExactMatch,
+
+    TextPerplexity,
+    load_labelled,
+    load_questions,
+)
 from delta_analysis.family import (
     PAIRS,
     TASK_PAIRS,
@@ -29,7 +38,8 @@ from delta_analysis.family import (
 )
 from delta_analysis.known_pairs import PREFIX, pair_sources
 from delta_analysis.paths import find_input, resolve
-from delta_analysis.sweep import Evaluation, Pair
+from delta_analysis.pruning import Pruner
+from delta_analysis.scope import in_scope
 
 Rates = str | float | Sequence[float]
 
@@ -78,20 +88,24 @@ class ValueRangesParameters:
 
 @dataclass(frozen=True)
 class AblationParameters:
-    """Parameters of 02_dare_ablation and 04_pruning_methods; empty `base` and `finetuned` mean the embedded family.
+    """Parameters of the ablations, 02 to 06; empty `base` and `finetuned` mean the embedded family.
 
-    `n_questions` is the most that are asked. `evaluation` is a task (`instruct`, `math`, `code`), a
-    `.jsonl` file of questions, a text file for perplexity, or empty: then the task that the embedded
-    model was tuned for, else perplexity on a short English text.
+    `scope` is one of `in_scope`. `n_questions` is the most that are asked. `evaluation` is a task
+    (`instruct`, `math`, `code`), a `.jsonl` file of questions or of texts with labels, `lm-eval:TASK`
+    (several with commas between), a text file for perplexity, or empty: then the task that the
+    embedded model was tuned for, else perplexity on a short English text. `chat_template` puts
+    questions into the tokenizer's chat template.
     """
 
     base: str
     finetuned: str
     drop_rates: Rates
+    scope: str
     first_seed: int
     n_seeds: int
     n_questions: int
     evaluation: str
+    chat_template: bool
     device: str
     out_dir: str
 
@@ -102,7 +116,10 @@ class AblationParameters:
         check_integer("n_seeds", self.n_seeds, low=2)
         check_integer("n_questions", self.n_questions, low=1)
         check_device(self.device)
-        self.pairs()
+        if not isinstance(self.chat_template, bool):
+            raise ParameterError("chat_template", f"must be True or False; not {self.chat_template!r}")
+        self.evaluations()
+        check_scope(self.scope, self.relations())
         check_model(self.base, self.finetuned)
         check_out_dir(self.out_dir)
 
@@ -123,24 +140,26 @@ class AblationParameters:
         return (Relation(self.base, self.finetuned, "given", task),)
 
     def evaluation_files(self) -> list[Path]:
-        """The file that each pair is judged on."""
-        return [evaluation_file(relation.task) for relation in self.relations()]
+        """The files that the pairs are judged on."""
+        files = [evaluation_file(relation.task) for relation in self.relations()]
+        return [file for file in files if file is not None]
 
     def pairs(self) -> list[Pair]:
-        """The pairs of the report with their evaluations."""
+        """The pairs of the report."""
+        return [relation.pair for relation in self.relations()]
+
+    def evaluations(self) -> dict[str, tuple[Evaluation, ...]]:
+        """Name of each pair -> what it is judged by."""
         if self.embedded and self.evaluation:
             raise ParameterError(
                 "evaluation", f"{self.evaluation!r} needs a pair; the embedded family brings its own, leave it empty"
             )
-        return [
-            Pair(r.name, r.base, r.finetuned, choose_evaluation(r.task, self.n_questions)) for r in self.relations()
-        ]
+        how = {"chat_template": self.chat_template}
+        return {r.name: (choose_evaluation(r.task, self.n_questions, **how),) for r in self.relations()}
 
-
-def trail_pairs(n_questions: int) -> list[Pair]:
-    """`code` against checkpoints on the way to its true base: one fine-tune, deltas of several sizes."""
-    relations = [Relation(source, "zoo:small/code", "", "code") for step, source in trail()[:-1] if step >= 512]
-    return [Pair(r.name, r.base, r.finetuned, choose_evaluation(r.task, n_questions)) for r in relations]
+    def edit(self, pruner: Pruner) -> Edit:
+        """The pruner on the tensors of the scope."""
+        return Edit(pruner, self.scope)
 
 
 def _resolve_pair(parameters: ValueRangesParameters | AblationParameters, **how: Any) -> None:
@@ -242,30 +261,53 @@ def check_out_dir(out_dir: str) -> None:
         raise ParameterError("out_dir", f"must name a folder that can be made; not {out_dir!r} ({error})") from error
 
 
-def evaluation_file(evaluation: str) -> Path:
-    """The file behind a task name or a path; the sample text if it is empty."""
+def check_scope(scope: str, relations: Sequence[Relation]) -> None:
+    """A scope that selects something of every pair's delta."""
+    if not isinstance(scope, str):
+        raise ParameterError("scope", f"must be text such as all or attention; not {scope!r}")
+    for relation in relations:
+        delta = load_delta(base=relation.base or None, finetuned=relation.finetuned)
+        shapes = {name: len(match.finetuned.shape) for name, match in delta.compared.items() if match.finetuned}
+        try:
+            in_scope(scope, shapes)
+        except ValueError as error:
+            raise ParameterError("scope", f"{relation.name}: {error}") from error
+
+
+HARNESS = "lm-eval:"
+
+
+def evaluation_file(evaluation: str) -> Path | None:
+    """The file behind a task name or a path, the sample text if it is empty; None for tasks of the harness."""
     if evaluation in TASKS:
         return questions_file(evaluation)
+    if isinstance(evaluation, str) and evaluation.startswith(HARNESS):
+        return None
     path = find_input(evaluation) if isinstance(evaluation, str) and evaluation else sample_text_file()
     if not isinstance(evaluation, str) or not path.is_file():
         raise ParameterError(
             "evaluation",
-            f"must be one of {', '.join(TASKS)}, a .jsonl file of questions, a text file for perplexity, or empty; "
-            f"not {evaluation!r}",
+            f"must be one of {', '.join(TASKS)}, a .jsonl file of questions or of texts with labels, {HARNESS}TASK, "
+            f"a text file for perplexity, or empty; not {evaluation!r}",
         )
     return path
 
 
-def choose_evaluation(evaluation: str, n_questions: int) -> Evaluation:
-    """Exact match on at most `n_questions` of a `.jsonl` file or task, perplexity on any other file."""
+def choose_evaluation(evaluation: str, n_questions: int, *, chat_template: bool = False) -> Evaluation:
+    """What a file is for: questions, texts with labels, or a text; on at most `n_questions` items."""
     path = evaluation_file(evaluation)
+    if path is None:
+        tasks = tuple(task.strip() for task in evaluation.removeprefix(HARNESS).split(","))
+        return LmEval(tasks, limit=n_questions, chat_template=chat_template)
+    name = evaluation if evaluation in TASKS else path.name
     try:
-        if path.suffix == ".jsonl":
-            questions = load_questions(path, n_questions)
-            if questions:
-                return ExactMatch(tuple(questions))
-        elif text := path.read_text(encoding="utf-8"):
-            return TextPerplexity(text)
+        text = path.read_text(encoding="utf-8")
+        if not text:
+            raise ValueError("is empty; expected questions, texts with labels, or a text")
+        if path.suffix != ".jsonl":
+            return TextPerplexity(text, name=name)
+        if '"label"' in text.split("\n", 1)[0]:
+            return Classification(tuple(load_labelled(path, n_questions)), name=name)
+        return ExactMatch(tuple(load_questions(path, n_questions)), name=name, chat_template=chat_template)
     except ValueError as error:
         raise ParameterError("evaluation", f"{path}: {error}") from error
-    raise ParameterError("evaluation", f"{path} is empty; expected questions or a text")

@@ -1,155 +1,117 @@
-"""Evaluate deltas under many prunings: one row a cell, with the outcome of every question."""
+"""Judge many edits of many pairs: cells that are run once, kept on disk, and joined into a tidy table."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
-from threading import Lock
-from typing import Protocol, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, as_completed
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TextIO
 
-import numpy as np
 import pandas as pd
 import torch
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from delta_analysis.blocks import single_threaded_pool
-from delta_analysis.delta import Delta, load_delta
-from delta_analysis.evaluate import load_model, load_tokenizer, patched
-from delta_analysis.intervals import METRICS, metric_interval
-from delta_analysis.names import output_head
-from delta_analysis.pruning import Pruner, prepared
+from delta_analysis.cells import SCHEMA, CellStore, Row, content, digest
+from delta_analysis.checkpoint import open_checkpoint
+from delta_analysis.editable import Edit, Pair, release_pairs
+from delta_analysis.evaluate.protocol import Evaluation
+from delta_analysis.jobs import Job, failed, run_job
+from delta_analysis.paths import resolve
+from delta_analysis.provenance import content_hash, versions
+from delta_analysis.pruning import Dare, Pruner
 
-Result = TypeVar("Result")
-_LOADING = Lock()
+LARGE = 2**28
+"""Bytes of a fine-tuned model whose matrices fill several cores; smaller ones are judged one a core."""
+
+Evaluations = Sequence[Evaluation] | Mapping[str, Sequence[Evaluation]]
+"""What all pairs are judged by, or name of a pair -> what it is judged by."""
 
 
-class Evaluation(Protocol):
-    """Judges a model: one outcome an item (a question, a token), from whose mean the metric follows.
+class SweepError(ValueError):
+    """Some cells failed. All others are in `table`, and on disk: the same call again runs only those that failed."""
 
-    `texts` are what it is judged on, as a model reads them.
-    """
-
-    @property
-    def metric(self) -> str: ...
-    @property
-    def texts(self) -> tuple[str, ...]: ...
-
-    def __call__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> np.ndarray: ...
+    def __init__(self, message: str, table: pd.DataFrame) -> None:
+        super().__init__(message)
+        self.table = table
 
 
 @dataclass(frozen=True)
-class Pair:
-    """A base and a fine-tune, with the evaluation of what the fine-tune is for.
+class Cell:
+    """One evaluation of one pair under one edit and seed."""
 
-    Attributes
-    ----------
-    name : how tables and figures call the pair, `base → fine-tune`.
-    base, finetuned : sources as `load_delta` takes them; without a base (None) it is the fine-tuned
-        weights themselves that are dropped.
-    evaluation : such as `ExactMatch(questions)` or `TextPerplexity(text)`.
-    """
-
-    name: str
-    base: str | None
-    finetuned: str
+    pair: Pair
+    edit: Edit
+    seed: int
     evaluation: Evaluation
 
 
-@dataclass(frozen=True, eq=False)
-class EditableModel:
-    """A pair in memory: the fine-tuned model, the base weights and the delta, each loaded once."""
+def sweep(
+    pairs: Sequence[Pair],
+    edits: Sequence[Edit | Pruner],
+    evaluations: Evaluations,
+    seeds: Sequence[int],
+    out_dir: str | Path,
+    executor: Executor | None = None,
+    *,
+    device: str = "cpu",
+    progress: TextIO | None = None,
+) -> pd.DataFrame:
+    """Judge every pair under every edit and seed by every evaluation.
 
-    pair: Pair
-    model: PreTrainedModel = field(repr=False)
-    tokenizer: PreTrainedTokenizerBase = field(repr=False)
-    base: dict[str, torch.Tensor] = field(repr=False)
-    delta: dict[str, torch.Tensor] = field(repr=False)
+    Each cell is written to `out_dir` when it is done, under a name made of what it consists of: the
+    hashes of the checkpoints' files, the edit, the seed, the evaluation and this package's version.
+    A sweep that was killed goes on where it was; one that asks for more runs only what is new.
+    At drop rates 0 (the untouched model) and 1 (the base in the edit's scope) no random number and
+    no method matters, and magnitude pruning is random only where magnitudes tie: such cells run once,
+    under the first seed.
 
-    @classmethod
-    def load(cls, pair: Pair, device: str = "cpu") -> EditableModel:
-        lazy = load_delta(base=pair.base, finetuned=pair.finetuned)
-        tensors = {name: lazy.read(name) for name in lazy}
-        delta = {name: tensor for name, (tensor, _) in tensors.items()}
-        base = {name: torch.zeros_like(delta[name]) if start is None else start for name, (_, start) in tensors.items()}
-        # An adapter or a published delta has no model of its own: its base is edited.
-        whole = lazy.base if lazy.finetuned.is_difference and lazy.base is not None else lazy.finetuned
-        # transformers builds models under a global device context, so one thread at a time.
-        with _LOADING:
-            model = load_model(whole, device)
-        _untie_head(model, lazy)
-        return cls(pair, model, load_tokenizer(whole), base, delta)
+    Parameters
+    ----------
+    pairs : what is compared.
+    edits : pruners such as `Dare(0.5)`, or `Edit(Dare(0.5), scope="attention")`. By default all
+        tensors that the delta has are edited: embeddings, norms and biases too, as in DARE's scripts
+        for language models; of a classifier all but its head, as in those for GLUE.
+    evaluations : such as `[ExactMatch(questions)]`, for all pairs; or for each pair its own.
+    seeds : one mask for each; masks are nested across drop rates and shared by rescale variants.
+    out_dir : folder of the cells; sweeps may share it, also at the same time.
+    executor : where cells run: any `concurrent.futures.Executor`, such as `RayExecutor()`. By default
+        threads of this process: one a core for small models, which share the base and the delta and
+        each edit a model of their own; a single one, with all cores, for large models.
+    device : where the models run.
+    progress : a stream for a bar of cells done, rate and time left; by default standard error if it
+        is a terminal.
 
-    def judge(self, pruner: Pruner, seed: int) -> dict[str, object]:
-        """One cell of a sweep: prune, patch the model, evaluate, restore the model."""
-        started = time.perf_counter()
-        nonzero, left = 0, 0
-        prune = prepared(pruner, self.delta, seed)
+    Returns
+    -------
+    DataFrame, one row a cell and metric: `pair, method, drop_rate, rescale, scope, seed, evaluation,
+    metric`; `value` with its 95% interval `low, high` over items; `achieved_drop_rate` of the entries
+    in scope that were not zero; `seconds` of pruning and evaluating; `outcomes`, one for each item; a
+    column `option_<name>` for each option of a pruner beyond drop rate and rescale, missing where it
+    has none; `device`, `versions`, `base_hash`, `finetuned_hash`; `error`, missing where there was none.
 
-        def edited() -> Iterator[tuple[str, torch.Tensor]]:
-            nonlocal nonzero, left
-            for name, tensor in self.delta.items():
-                pruned = prune(tensor, name=name, seed=seed)
-                nonzero += int(torch.count_nonzero(tensor))
-                left += int(torch.count_nonzero(pruned))
-                yield name, self._with_other_rows(name, self.base[name] + pruned)
-
-        with patched(self.model, edited()) as model:
-            outcomes = self.pair.evaluation(model, self.tokenizer)
-        metric = self.pair.evaluation.metric
-        value, low, high = metric_interval(METRICS[metric], outcomes[None])
-        return {
-            "pair": self.pair.name,
-            "method": pruner.method,
-            "drop_rate": float(pruner.drop_rate),
-            "rescale": str(pruner.rescale),
-            "scope": "all",
-            "seed": seed,
-            "metric": metric,
-            "value": value,
-            "low": low,
-            "high": high,
-            "achieved_drop_rate": 1 - left / nonzero if nonzero else 0.0,
-            "seconds": time.perf_counter() - started,
-            "outcomes": outcomes.tolist(),
-            **options(pruner),
-        }
-
-    def _with_other_rows(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        """The weight of all tokens, where the delta has only those that both vocabularies share."""
-        whole = dict(self.model.named_parameters(remove_duplicate=False)).get(name)
-        rows = weight.shape[0] if weight.dim() else 0
-        if whole is None or weight.shape == whole.shape or weight.shape[1:] != whole.shape[1:] or rows > len(whole):
-            return weight
-        return torch.cat([weight, whole[rows:].detach().to(weight)])
-
-
-def _untie_head(model: PreTrainedModel, delta: Delta) -> None:
-    """Give the model a head of its own where the delta changes the head and not the embeddings tied to it."""
-    head = output_head(delta)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    if head in parameters and sum(parameter is parameters[head] for parameter in parameters.values()) > 1:
-        own = torch.nn.Parameter(parameters[head].detach().clone())
-        model.get_submodule(head.removesuffix(".weight")).register_parameter("weight", own)
-
-
-def options(pruner: Pruner) -> dict[str, object]:
-    """What a pruner has beyond drop rate and rescale, as columns such as `option_window`."""
-    own = [each.name for each in fields(pruner) if each.name not in ("drop_rate", "rescale")]  # type: ignore[arg-type]
-    return {f"option_{name}": str(getattr(pruner, name)) for name in own}
-
-
-def for_each_pair(work: Callable[[Pair], Result], pairs: Sequence[Pair], workers: int) -> list[Result]:
-    """The work on each pair, in their order; with several workers side by side, one core each.
-
-    The matrices of a small model do not fill several cores, so pairs in parallel are faster; each
-    worker holds a model of its own.
+    Raises
+    ------
+    SweepError
+        At the end, if cells failed: it names them and has the table, where they stand with their error.
+    CheckpointError
+        Before any work, a source that cannot be read.
     """
-    if workers == 1:
-        return [work(pair) for pair in pairs]
-    with single_threaded_pool(workers) as pool:
-        return list(pool.map(work, pairs))
+    asked = [
+        Cell(pair, edit, seed, evaluation)
+        for pair in pairs
+        for edit in map(as_edit, edits)
+        for seed in useful_seeds(edit.pruner, seeds)
+        for evaluation in evaluations_of(pair, evaluations)
+    ]
+    return judge(asked, out_dir, executor, device=device, progress=progress)
+
+
+def as_edit(edit: Edit | Pruner) -> Edit:
+    """A pruner alone edits all tensors."""
+    return edit if isinstance(edit, Edit) else Edit(edit)
 
 
 def useful_seeds(pruner: Pruner, seeds: Sequence[int]) -> list[int]:
@@ -157,68 +119,156 @@ def useful_seeds(pruner: Pruner, seeds: Sequence[int]) -> list[int]:
     return list(seeds) if pruner.random else list(seeds)[:1]
 
 
-def sweep(
-    pairs: Sequence[Pair], pruners: Sequence[Pruner], seeds: Sequence[int], *, device: str = "cpu", workers: int = 1
+def evaluations_of(pair: Pair, evaluations: Evaluations) -> Sequence[Evaluation]:
+    """What a pair is judged by."""
+    own = evaluations.get(pair.name) if isinstance(evaluations, Mapping) else evaluations
+    if not own:
+        raise ValueError(f"evaluations: none is given for pair {pair.name!r}")
+    if len({each.name for each in own}) < len(own):
+        raise ValueError(f"evaluations: two of pair {pair.name!r} bear the same name; give each a name of its own")
+    return own
+
+
+def judge(
+    asked: Sequence[Cell],
+    out_dir: str | Path,
+    executor: Executor | None = None,
+    *,
+    device: str = "cpu",
+    progress: TextIO | None = None,
 ) -> pd.DataFrame:
-    """Judge every pair under every pruner and seed.
-
-    At drop rates 0 and 1, and for magnitude pruning but for ties, no random number matters; those
-    cells run once, under the first seed.
-    All tensors that the delta has are edited: embeddings, norms and biases too, as in DARE's
-    scripts for language models.
-
-    Parameters
-    ----------
-    pairs : what is compared and how it is judged.
-    pruners : such as `[Dare(0.5), Magnitude(0.5)]`.
-    seeds : one mask for each; masks are nested across drop rates and shared by rescale variants.
-    device : where the model runs.
-    workers : how many pairs are judged at a time, each with a model in memory and one core.
-
-    Returns
-    -------
-    DataFrame, one row a cell: `pair, method, drop_rate, rescale, scope, seed, metric`; `value` with
-    its 95% interval `low, high` over items; `achieved_drop_rate` of the entries that were not zero;
-    `seconds`; `outcomes`, one for each item; a column `option_<name>` for each option of a pruner
-    beyond drop rate and rescale, missing where it has none.
-    """
-    plan = [(pruner, seed) for pruner in pruners for seed in useful_seeds(pruner, seeds)]
-    with tqdm(total=len(plan) * len(pairs), unit="cell", disable=None) as progress:
-
-        def judge_all(pair: Pair) -> list[dict[str, object]]:
-            editable = EditableModel.load(pair, device)
-            rows = []
-            for pruner, seed in plan:
-                rows.append(editable.judge(pruner, seed))
-                progress.update()
-            return rows
-
-        return pd.DataFrame([row for rows in for_each_pair(judge_all, pairs, workers) for row in rows])
+    """The table of `sweep` for any list of cells."""
+    store = CellStore(resolve(out_dir) / "cells")
+    keys, jobs = _plan(asked, device)
+    done = {key: rows for key in keys if (rows := store.read(key))}
+    missing = [job for each in jobs if (job := _without(each, done)).evaluations]
+    shown = None if progress is None else False
+    with tqdm(total=len(set(keys)), initial=len(done), unit="cell", disable=shown, file=progress) as bar:
+        for results in _run(missing, executor):
+            for key, rows in results.items():
+                store.write(key, rows)
+                done[key] = rows
+                bar.update()
+    release_pairs()
+    table = _table(asked, [done[key] for key in keys])
+    if table["error"].notna().any():
+        raise SweepError(_failures(table), table)
+    return table
 
 
-def outcome_matrix(cells: pd.DataFrame) -> np.ndarray:
-    """Outcomes of the cells of one pair, method and drop rate: (seeds, items)."""
-    return np.array(cells.sort_values("seed")["outcomes"].tolist(), dtype=np.float64)
+def _plan(asked: Sequence[Cell], device: str) -> tuple[list[str], list[Job]]:
+    """The key of each cell, and the jobs that give all of them, each cell once."""
+    pairs = dict.fromkeys(cell.pair for cell in asked)
+    hashes = {p: (content_hash(p.base) if p.base else "", content_hash(p.finetuned)) for p in pairs}
+    judged = {cell.evaluation: _without_name(cell.evaluation) for cell in asked}
+    version = versions()["delta_analysis"]
+    keys: list[str] = []
+    planned: set[str] = set()
+    groups: dict[tuple[Pair, Edit | None, int], dict[str, Evaluation]] = {}
+    for cell in asked:
+        edit, seed = _canonical(cell.edit, cell.seed)
+        base, finetuned = hashes[cell.pair]
+        # An untouched fine-tune is the same whatever its base; an adapter is nothing without it.
+        matters = edit is not None or open_checkpoint(cell.pair.finetuned).is_difference
+        described = [base if matters else "", finetuned, content(edit), seed, judged[cell.evaluation], version]
+        keys.append(digest(described))
+        if keys[-1] not in planned:
+            planned.add(keys[-1])
+            groups.setdefault((cell.pair, edit, seed), {})[keys[-1]] = cell.evaluation
+    return keys, [
+        Job(pair, edit, seed, hashes[pair], device, tuple(wanted.items()))
+        for (pair, edit, seed), wanted in groups.items()
+    ]
 
 
-def drop_curve(cells: pd.DataFrame) -> pd.DataFrame:
-    """The metric against drop rate, with intervals that resample both seeds and items.
+def _canonical(edit: Edit, seed: int) -> tuple[Edit | None, int]:
+    """The same for all edits that do the same: nothing at drop rate 0, everything dropped at 1."""
+    pruner = edit.pruner
+    if pruner.drop_rate == 0 and isinstance(pruner.rescale, str):
+        return None, 0
+    return (Edit(Dare(1.0), edit.scope), 0) if pruner.drop_rate == 1 else (edit, seed)
 
-    Returns
-    -------
-    DataFrame, one row a `pair, method, metric, drop_rate`; `seeds`, how many; `value, low, high`.
-    """
-    keys = ["pair", "method", "metric", "drop_rate"]
+
+def _without_name(evaluation: Evaluation) -> str:
+    described = content(evaluation)
+    assert isinstance(described, dict)
+    return digest({field: value for field, value in described.items() if field != "name"})
+
+
+def _without(job: Job, done: Mapping[str, object]) -> Job:
+    """The job without the cells that are done."""
+    return replace(job, evaluations=tuple(each for each in job.evaluations if each[0] not in done))
+
+
+def _run(jobs: Sequence[Job], executor: Executor | None) -> Iterator[dict[str, list[Row]]]:
+    """The results of the jobs in the order in which they end."""
+    with _pool(jobs) if executor is None else nullcontext(executor) as pool:
+        futures = {pool.submit(run_job, job): job for job in jobs}
+        try:
+            for future in as_completed(futures):
+                yield _results(future, futures[future])
+        finally:
+            for future in futures:
+                future.cancel()
+
+
+@contextmanager
+def _pool(jobs: Sequence[Job]) -> Iterator[Executor]:
+    """Threads of this process: one a core for small models on the CPU, else a single one."""
+    files = {file for job in jobs for file in open_checkpoint(job.pair.finetuned).files()}
+    small = all(job.device == "cpu" for job in jobs) and max((f.stat().st_size for f in files), default=0) < LARGE
+    workers = min(torch.get_num_threads(), len(jobs)) if small else 1
+    pool = single_threaded_pool(workers) if workers > 1 else ThreadPoolExecutor(1)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _results(future: Future[dict[str, list[Row]]], job: Job) -> dict[str, list[Row]]:
+    """What a job gave; if its worker died, its cells with that error."""
+    try:
+        return future.result()
+    except Exception as error:
+        return {key: [failed(job, error)] for key, _ in job.evaluations}
+
+
+def _table(asked: Sequence[Cell], found: Sequence[list[Row]]) -> pd.DataFrame:
+    """The rows of cells under the names that were asked for."""
     rows = []
-    for _, group in cells.groupby(keys, sort=False):
-        first = group.iloc[0]
-        value, low, high = metric_interval(METRICS[first["metric"]], outcome_matrix(group))
-        rows.append(
-            {**{key: first[key] for key in keys}, "seeds": len(group), "value": value, "low": low, "high": high}
-        )
-    return pd.DataFrame(rows).sort_values(["pair", "method", "drop_rate"], key=_in_order, ignore_index=True)
+    for cell, measured in zip(asked, found, strict=True):
+        pruner = cell.edit.pruner
+        labels = {
+            "pair": cell.pair.name,
+            "method": pruner.method,
+            "drop_rate": float(pruner.drop_rate),
+            "rescale": str(pruner.rescale),
+            "scope": cell.edit.scope,
+            "seed": cell.seed,
+            "evaluation": cell.evaluation.name,
+        }
+        rows += [{**labels, **options(pruner), **{c: row.get(c) for c in SCHEMA.names if c != "cell"}} for row in measured]
+    own = sorted({column for row in rows for column in row if column.startswith("option_")})
+    table = pd.DataFrame(rows)
+    measures = ["metric", "value", "low", "high", "achieved_drop_rate", "seconds", "outcomes"]
+    origin = ["device", "versions", "base_hash", "finetuned_hash", "error"]
+    return table[[*labels, *measures, *own, *origin]]
 
 
-def _in_order(column: pd.Series) -> pd.Series:
-    """Sort key that leaves names in order of appearance and numbers by size."""
-    return column if column.dtype.kind == "f" else pd.Series(pd.factorize(column)[0], index=column.index)
+def _failures(table: pd.DataFrame) -> str:
+    failed = table[table["error"].notna()]
+    named = [
+        f"{row.pair}, {row.method} at drop rate {row.drop_rate:g}, seed {row.seed}, {row.evaluation}: {row.error}"
+        for row in failed.head(5).itertuples()
+    ]
+    more = [f"and {len(failed) - 5} more"] if len(failed) > 5 else []
+    return (
+        f"{len(failed)} of {len(table)} rows of the sweep failed; the others are kept, the same call runs only these "
+        "again:\n" + "\n".join(named + more)
+    )
+
+
+def options(pruner: Pruner) -> dict[str, object]:
+    """What a pruner has beyond drop rate and rescale, as columns such as `option_window`."""
+    own = [each.name for each in fields(pruner) if each.name not in ("drop_rate", "rescale")]  # type: ignore[arg-type]
+    return {f"option_{name}": str(getattr(pruner, name)) for name in own}

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import replace
+from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import pandas as pd
 
+from delta_analysis.curve import outcome_matrix
+from delta_analysis.editable import Edit, Pair
+from delta_analysis.evaluate.protocol import Evaluation
 from delta_analysis.intervals import (
-    METRICS,
+    MEAN,
     Interval,
     Metric,
+    metric_named,
     percentile_interval,
     resampled_means,
     two_way_resamples,
 )
 from delta_analysis.pruning import Pruner
-from delta_analysis.sweep import EditableModel, Pair, for_each_pair, outcome_matrix, useful_seeds
+from delta_analysis.sweep import Cell, Evaluations, as_edit, evaluations_of, judge, useful_seeds
 
 KEPT_SHARE = 0.95
 """A drop rate is tolerated while the model keeps this share of the untouched model's metric."""
@@ -38,75 +45,93 @@ def inverse_logit(x: float) -> float:
 
 def measure_tolerance(
     pairs: Sequence[Pair],
-    pruner: Pruner,
+    edit: Edit | Pruner,
+    evaluations: Evaluations,
     seeds: Sequence[int],
-    cells: pd.DataFrame,
+    out_dir: str | Path,
+    executor: Executor | None = None,
     *,
+    drop_rates: Sequence[float] = (),
     device: str = "cpu",
-    workers: int = 1,
+    progress: TextIO | None = None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The drop rate up to which 95% of the untouched model's metric is kept, by pair.
 
-    Starting from the cells of a sweep, the bracket between the last tolerated and the first failing
-    drop rate (in the mean over seeds) is halved on log(p/(1-p)) over the sweep's nested masks.
+    The bracket between the last tolerated and the first failing drop rate (in the mean over seeds)
+    is halved on log(p/(1-p)), over nested masks; all pairs go on together, a drop rate each at a time.
 
     Parameters
     ----------
-    pairs, seeds, device, workers : as in the sweep.
-    pruner : the method to bisect on; its own drop rate is replaced.
-    cells : rows of `sweep` for these pairs, drop rate 0 among them.
+    pairs, seeds, out_dir, executor, device, progress : as in `sweep`.
+    edit : the method to bisect on; its own drop rate is replaced.
+    evaluations : as in `sweep`, one for each pair, which gives a single metric that falls as a model
+        breaks, such as `ExactMatch`, or is a perplexity.
+    drop_rates : where to begin, besides 0; those of a sweep into the same `out_dir` cost nothing.
 
     Returns
     -------
-    tolerances : one row a pair; `pair`; `tolerated, low, high`, drop rates with a 95% interval over
-        seeds and items, where the mean over seeds first falls below 95%, or the end of the searched
-        range [0.001, 0.999] if that lies beyond; `untouched`, the metric at drop rate 0;
-        `kept_at_1`, the share of it that is kept with the whole delta dropped (NaN if the sweep has
-        no such cell). Where masks differ much more than items do, few seeds give an interval that is
+    tolerances : one row a pair; `pair, method, scope`; `tolerated, low, high`, drop rates with a 95%
+        interval over seeds and items, where the mean over seeds first falls below 95%, or the end of
+        the searched range [0.001, 0.999] if that lies beyond; `untouched`, the metric at drop rate 0;
+        `kept_at_1`, the share of it that is kept with the whole delta dropped (NaN if 1 is not among
+        `drop_rates`). Where masks differ much more than items do, few seeds give an interval that is
         too narrow.
-    refined : the cells that the bisection added, in the columns of `sweep`.
+    cells : all that was judged, in the columns of `sweep`.
 
     Raises
     ------
     ValueError
-        Seeds other than the sweep's, or no cell of an untouched model that answers something.
+        Several evaluations or metrics for one pair; an untouched model that answers nothing.
+    SweepError
+        Cells that failed.
     """
+    edit = as_edit(edit)
+    outcomes: dict[Pair, dict[float, np.ndarray]] = {pair: {} for pair in pairs}
+    wanted: dict[Pair, list[float]] = {pair: sorted({0.0, *drop_rates}) for pair in pairs}
+    tables: list[pd.DataFrame] = []
+    metrics: dict[Pair, Metric] = {}
+    while any(wanted.values()):
+        asked = [
+            Cell(pair, at_drop_rate(edit, rate), seed, _only_one(pair, evaluations))
+            for pair, rates in wanted.items()
+            for rate in rates
+            for seed in useful_seeds(at_drop_rate(edit, rate).pruner, seeds)
+        ]
+        tables.append(judge(asked, out_dir, executor, device=device, progress=progress))
+        for pair, rates in wanted.items():
+            here = tables[-1][tables[-1]["pair"] == pair.name]
+            if rates:
+                metrics[pair] = _single_metric(here)
+                outcomes[pair] |= {rate: outcome_matrix(here[here["drop_rate"] == rate]) for rate in rates}
+        rates_next = {pair: next_rate(metrics[pair], outcomes[pair]) for pair in pairs}
+        wanted = {pair: [] if rate is None else [rate] for pair, rate in rates_next.items()}
+    rows = []
+    for pair in pairs:
+        tolerated, low, high = tolerated_interval(metrics[pair], outcomes[pair])
+        untouched = float(metrics[pair].value(outcomes[pair][0.0].mean()))
+        row = {"pair": pair.name, "method": edit.pruner.method, "scope": edit.scope, "tolerated": tolerated}
+        kept = kept_shares(metrics[pair], outcomes[pair]).get(1.0, math.nan)
+        rows.append({**row, "low": low, "high": high, "untouched": untouched, "kept_at_1": kept})
+    return pd.DataFrame(rows), pd.concat(tables, ignore_index=True)
 
-    def bisect(pair: Pair) -> tuple[dict[str, object], list[dict[str, object]]]:
-        metric = METRICS[pair.evaluation.metric]
-        known = known_cells(cells, pair, at_drop_rate(pruner, 0.5), seeds)
-        outcomes = {p: outcome_matrix(known[known["drop_rate"] == p]) for p in set(known["drop_rate"].tolist())}
-        added: list[dict[str, object]] = []
-        editable = None
-        while (rate := next_rate(metric, outcomes)) is not None:
-            editable = editable or EditableModel.load(pair, device)
-            at_rate = at_drop_rate(pruner, rate)
-            judged = [editable.judge(at_rate, seed) for seed in useful_seeds(at_rate, seeds)]
-            outcomes[rate] = outcome_matrix(pd.DataFrame(judged))
-            added += judged
-        tolerated, low, high = tolerated_interval(metric, outcomes)
-        untouched = float(metric.value(outcomes[0.0].mean()))
-        row = {"pair": pair.name, "tolerated": tolerated, "low": low, "high": high, "untouched": untouched}
-        return {**row, "kept_at_1": kept_shares(metric, outcomes).get(1.0, math.nan)}, added
 
-    found = for_each_pair(bisect, pairs, workers)
-    refined = pd.DataFrame([cell for _, added in found for cell in added], columns=cells.columns)
-    return pd.DataFrame([row for row, _ in found]), refined
+def _only_one(pair: Pair, evaluations: Evaluations) -> Evaluation:
+    own = evaluations_of(pair, evaluations)
+    if len(own) > 1:
+        raise ValueError(f"evaluations: the tolerated drop rate of {pair.name!r} follows from one, not {len(own)}")
+    return own[0]
 
 
-def at_drop_rate(pruner: Pruner, drop_rate: float) -> Pruner:
-    """The same method at another drop rate."""
-    return replace(pruner, drop_rate=drop_rate)  # type: ignore[type-var]
+def _single_metric(cells: pd.DataFrame) -> Metric:
+    names = cells["metric"].unique()
+    if len(names) > 1:
+        raise ValueError(f"the tolerated drop rate follows from one metric; this evaluation gives {', '.join(names)}")
+    return metric_named(names[0])
 
 
-def known_cells(cells: pd.DataFrame, pair: Pair, pruner: Pruner, seeds: Sequence[int]) -> pd.DataFrame:
-    """The cells of a pair under the pruner's method, with the untouched model of whichever method."""
-    here = cells[cells["pair"] == pair.name]
-    known = here[(here["method"] == pruner.method) & (here["drop_rate"] > 0)]
-    drawn = sorted(set(known.loc[known["drop_rate"] < 1, "seed"]))
-    if drawn and drawn != sorted(useful_seeds(pruner, seeds)):
-        raise ValueError(f"seeds must be those of the sweep of {pair.name}, {drawn}; not {list(seeds)}")
-    return pd.concat([here[here["drop_rate"] == 0].head(1), known])
+def at_drop_rate(edit: Edit, drop_rate: float) -> Edit:
+    """The same method and scope at another drop rate."""
+    return replace(edit, pruner=replace(edit.pruner, drop_rate=drop_rate))  # type: ignore[type-var]
 
 
 def kept_shares(metric: Metric, outcomes: Mapping[float, np.ndarray]) -> dict[float, float]:
@@ -114,7 +139,7 @@ def kept_shares(metric: Metric, outcomes: Mapping[float, np.ndarray]) -> dict[fl
     needs = "the tolerated drop rate needs an untouched model (drop rate 0) that answers something"
     if 0.0 not in outcomes:
         raise ValueError(f"{needs}; include drop rate 0 in the sweep")
-    if metric.name == "accuracy" and not outcomes[0.0].any():
+    if metric is MEAN and not outcomes[0.0].any():
         raise ValueError(f"{needs}; this one is always wrong, check that questions and prompt format are its own")
     untouched = outcomes[0.0].mean()
     return {rate: float(metric.kept_share(outcomes[rate].mean(), untouched)) for rate in sorted(outcomes)}
@@ -138,7 +163,9 @@ def next_rate(metric: Metric, outcomes: Mapping[float, np.ndarray]) -> float | N
 def tolerated_interval(metric: Metric, outcomes: Mapping[float, np.ndarray]) -> Interval:
     """Where the kept share first falls below 95%, interpolated on log(p/(1-p)), with its interval."""
     shares = {rate: share for rate, share in kept_shares(metric, outcomes).items() if LOWEST <= rate <= HIGHEST}
-    resamples = two_way_resamples(max(len(outcomes[rate]) for rate in shares), outcomes[0.0].shape[1])
+    resamples = two_way_resamples(
+        max(len(outcomes[rate]) for rate in shares), outcomes[0.0].shape[1], block=metric.block
+    )
     untouched = resampled_means(outcomes[0.0], resamples)
     samples = np.array([metric.kept_share(resampled_means(outcomes[rate], resamples), untouched) for rate in shares])
     scale = [logit(rate) for rate in shares]

@@ -12,7 +12,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from delta_analysis.checkpoint import open_checkpoint
-from delta_analysis.evaluate import ExactMatch, Question, load_model, load_tokenizer
+from delta_analysis.evaluate import ExactMatch, Question
+from delta_analysis.loading import load_model, load_tokenizer
 from delta_analysis.zoo import corpus
 from delta_analysis.zoo.recipe import Shape, Stage
 from delta_analysis.zoo.skills import (
@@ -91,7 +92,7 @@ def accuracies(directory: Path, tasks: Path) -> dict[str, float]:
     found: dict[str, float] = {}
     for name, items in sets.items():
         judge = ExactMatch(tuple(Question(**item) for item in items))
-        found[name] = round(float(judge(model, tokenizer).mean()), 4)
+        found[name] = round(float(judge(model, tokenizer)["accuracy"].mean()), 4)
     return found
 
 

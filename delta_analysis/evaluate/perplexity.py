@@ -1,0 +1,108 @@
+"""Perplexity of a text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from delta_analysis.evaluate.protocol import Evaluation, Outcomes
+
+
+@dataclass(frozen=True)
+class TextPerplexity:
+    """Perplexity of a text: exp of the mean negative log-likelihood of its tokens.
+
+    Windows of `window` tokens advance by `stride`; each token but the first is scored once, in the
+    first window that holds it, so that all but the earliest have at least `window - stride` tokens
+    of context. Calling it on `(model, tokenizer)` gives `perplexity`: the loss of each scored token,
+    in nats.
+
+    Parameters
+    ----------
+    text : at least two tokens; it goes to the tokenizer as it is, without special tokens.
+    window : tokens that the model reads at once.
+    stride : at least 1, at most `window - 1`.
+    name : what tables call the evaluation.
+
+    Raises
+    ------
+    ValueError
+        A stride out of range; when prepared or called, a text of fewer than two tokens.
+
+    Examples
+    --------
+    >>> TextPerplexity("It was the best of times").protocol
+    "Perplexity: exp of the mean loss of a text's tokens (items) but the first, in windows of 128 tokens that advance
+    by 64; the text has 24 characters."
+    """
+
+    text: str
+    window: int = 128
+    stride: int = 64
+    name: str = "perplexity"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.stride < self.window:
+            raise ValueError(f"stride must be between 1 and window - 1 = {self.window - 1}; not {self.stride}")
+
+    @property
+    def protocol(self) -> str:
+        """What is measured, on what, and in which windows."""
+        return (
+            f"Perplexity: exp of the mean loss of a text's tokens (items) but the first, in windows of {self.window} "
+            f"tokens that advance by {self.stride}; the text has {len(self.text):,} characters."
+        )
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The paragraphs of the text."""
+        return tuple(part for part in self.text.split("\n\n") if part.strip())
+
+    def prepared(self, untouched: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Evaluation:
+        """The same evaluation with its tokens at hand."""
+        ids = torch.tensor([tokenizer(self.text, add_special_tokens=False, verbose=False)["input_ids"]])
+        if ids.shape[1] < 2:
+            raise ValueError(f"perplexity needs a text of at least two tokens; this one has {ids.shape[1]}")
+        return _Prepared(self, ids)
+
+    def __call__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Outcomes:
+        return self.prepared(model, tokenizer)(model, tokenizer)
+
+
+@dataclass(frozen=True, eq=False)
+class _Prepared:
+    evaluation: TextPerplexity
+    ids: torch.Tensor
+
+    @property
+    def name(self) -> str:
+        return self.evaluation.name
+
+    @property
+    def protocol(self) -> str:
+        return self.evaluation.protocol
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        return self.evaluation.texts
+
+    def prepared(self, untouched: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Evaluation:
+        return self.evaluation.prepared(untouched, tokenizer)
+
+    def __call__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Outcomes:
+        window, stride = self.evaluation.window, self.evaluation.stride
+        ids = self.ids.to(model.device)
+        length = ids.shape[1]
+        losses, scored = [], 1
+        with torch.inference_mode():
+            while scored < length:
+                stop = min(max(scored + stride, window), length)
+                part = ids[:, max(0, stop - window) : stop]
+                fresh = stop - scored
+                logits = model(input_ids=part, use_cache=False).logits[0, -fresh - 1 : -1]
+                losses.append(torch.nn.functional.cross_entropy(logits.double(), part[0, -fresh:], reduction="none"))
+                scored = stop
+        return {"perplexity": torch.cat(losses).cpu().numpy()}
