@@ -13,6 +13,7 @@ from delta_analysis.evaluate import (
     ExactMatch,
     HiddenSimilarity,
     Labelled,
+    LmEval,
     OutputDrift,
     Question,
     TextPerplexity,
@@ -23,6 +24,7 @@ from delta_analysis.known_pairs import known_pairs
 from delta_analysis.patching import patched
 from delta_analysis.pruning import Dare, Magnitude, MagPrune
 from delta_analysis.ranges import magnitude_histogram, value_ranges
+from delta_analysis.ray_executor import RayExecutor
 from delta_analysis.saving import save_checkpoint
 from delta_analysis.streaming import tally_delta
 from delta_analysis.sweep import SweepError, sweep
@@ -38,12 +40,14 @@ __all__ = [
     "ExactMatch",
     "HiddenSimilarity",
     "Labelled",
+    "LmEval",
     "MagPrune",
     "Magnitude",
     "NotHomologousError",
     "OutputDrift",
     "Pair",
     "Question",
+    "RayExecutor",
     "SweepError",
     "TextPerplexity",
     "best_methods",

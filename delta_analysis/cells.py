@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import uuid
+from collections.abc import Hashable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,9 +53,9 @@ def content(value: object) -> object:
     """
     if value is None or isinstance(value, str | int | float | bool):
         return value
-    if isinstance(value, tuple | list):
+    if isinstance(value, tuple):
         return [content(each) for each in value]
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+    if dataclasses.is_dataclass(value) and not isinstance(value, type) and isinstance(value, Hashable):
         kind = type(value)
         fields = {each.name: content(getattr(value, each.name)) for each in dataclasses.fields(value)}
         return {"class": f"{kind.__module__}.{kind.__qualname__}", **fields}
@@ -80,21 +81,25 @@ class CellStore:
 
     def read(self, key: str) -> list[Row] | None:
         """The rows of a finished cell; None if it is missing, damaged, or ended in an error, and has to run."""
-        path = self.path(key)
-        if not path.exists():
-            return None
         try:
-            rows: list[Row] = pq.read_table(path, schema=SCHEMA).to_pylist()
-        except (pa.ArrowInvalid, OSError):
+            # In one go: the file may be replaced while it is read.
+            table = pq.read_table(pa.BufferReader(self.path(key).read_bytes()))
+            rows: list[Row] = table.to_pylist()
+            # Parquet itself overlooks many a changed byte.
+            whole = table.schema.metadata[b"digest"] == digest(rows).encode()
+        except (OSError, ValueError, TypeError, KeyError, pa.ArrowException):
             return None
-        return rows if rows and not any(row["error"] for row in rows) else None
+        return rows if whole and rows and not any(row["error"] for row in rows) else None
 
     def write(self, key: str, rows: list[Row]) -> None:
-        """Write beside the final name, then rename."""
+        """Write beside the final name, then rename; an error takes the place of no finished cell."""
+        if any(row.get("error") for row in rows) and self.read(key):
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         partial = self.folder / f".{key}.{os.getpid()}-{uuid.uuid4().hex[:8]}.partial"
         try:
-            pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), partial)
+            table = pa.Table.from_pylist(rows, schema=SCHEMA)
+            pq.write_table(table.replace_schema_metadata({"digest": digest(table.to_pylist())}), partial)
             partial.replace(self.path(key))
         finally:
             partial.unlink(missing_ok=True)

@@ -65,23 +65,24 @@ def damage_summary(damage: pd.DataFrame) -> pd.DataFrame:
 
     Returns
     -------
-    DataFrame, one row a `pair, method, drop_rate`; `seeds`, how many; the means of
+    DataFrame, one row a `pair, method, drop_rate, scope`; `seeds`, how many; the means of
     `parameter_error, layer_error, signal_kept`; `drift` with a 95% interval `low, high` over seeds
     and texts.
     """
+    keys = ["pair", "method", "drop_rate", "scope"]
     rows = []
-    for (pair, method, drop_rate), group in damage.groupby(["pair", "method", "drop_rate"], sort=False):
+    for labels, group in damage.groupby(keys, sort=False):
         means = {column: group[column].mean() for column in ("parameter_error", "layer_error", "signal_kept")}
         drifts = _drifts(group)
         samples = resampled_means(drifts, two_way_resamples(*drifts.shape))
         drift = percentile_interval(drifts.mean(), samples)
-        row = {"pair": pair, "method": method, "drop_rate": drop_rate, "seeds": len(group), **means}
+        row = {**dict(zip(keys, labels, strict=True)), "seeds": len(group), **means}
         rows.append({**row, "drift": drift.value, "low": drift.low, "high": drift.high})
     return pd.DataFrame(rows)
 
 
 def rank_agreement(damage: pd.DataFrame, column: str) -> Interval:
-    """Spearman's correlation over methods between a column and the drift, for one pair and drop rate.
+    """Spearman's correlation over methods between a column and the drift, for one pair, drop rate and scope.
 
     `column` is one of `pruning_damage`, or `signal_lost`, |1 - mean signal kept|; its 95% interval
     resamples seeds, on both sides alike, and texts. A method has all seeds or a single one.

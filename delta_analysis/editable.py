@@ -58,7 +58,7 @@ class Edit:
 
 
 class Edited(NamedTuple):
-    """A model with pruned weights, and the share of the delta's entries in scope, not zero before, that were dropped."""
+    """A model with pruned weights, and the share of the entries in scope, not zero before, that were dropped."""
 
     model: PreTrainedModel
     achieved_drop_rate: float

@@ -11,6 +11,8 @@ import numpy as np
 
 RESAMPLES = 1000
 CONFIDENCE = 0.95
+FEWEST_BLOCKS = 8
+"""Fewer items than so many blocks make have shorter blocks: from one or two, no spread can be seen."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,9 @@ class Resamples(NamedTuple):
 def two_way_resamples(n_seeds: int, n_items: int, *, block: int = 1, count: int = RESAMPLES) -> Resamples:
     """Bootstrap weights that resample seeds and items (blocks of neighbours) independently of each other.
 
-    The same weights used on several outcomes of the same seeds and items keep them paired.
+    The last block may be shorter; all are, where items would make fewer than 8 of them. The same weights used on several outcomes of the same seeds and items keep them paired.
     """
+    block = max(min(block, n_items // FEWEST_BLOCKS), 1)
     blocks = -(-n_items // block)
     rng = np.random.default_rng([n_seeds, blocks, count])
     seeds = rng.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), size=count)

@@ -6,6 +6,8 @@ import json
 import time
 from dataclasses import asdict, dataclass
 
+import numpy as np
+
 from delta_analysis.cells import Row, content
 from delta_analysis.editable import Edit, EditablePair, Edited, Pair, held_pair
 from delta_analysis.evaluate.protocol import Evaluation
@@ -51,7 +53,8 @@ def _judged(job: Job, held: EditablePair, edited: Edited, evaluation: Evaluation
     outcomes = held.prepared(evaluation)(edited.model, held.tokenizer)
     seconds = spent + time.perf_counter() - started
     rows = []
-    for name, values in outcomes.items():
+    for name, given in outcomes.items():
+        values = np.asarray(given, dtype=np.float64)
         value, low, high = metric_interval(metric_named(name), values[None])
         found = {"metric": name, "value": value, "low": low, "high": high, "outcomes": values.tolist()}
         rows.append({**_origin(job), **found, "achieved_drop_rate": edited.achieved_drop_rate, "seconds": seconds})

@@ -62,7 +62,7 @@ def load_model(checkpoint: Checkpoint, device: str = "cpu") -> PreTrainedModel:
             f"{checkpoint.path}: lacks {len(missing)} weights of its architecture, first {missing[0]!r}; "
             "they would be random, fetch the whole checkpoint"
         )
-    if model.generation_config is not None:
+    if getattr(model, "generation_config", None) is not None:
         # Greedy means greedy: a checkpoint's penalties and sampling settings would change the answers.
         model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
     return model.to(torch.device(device)).eval()

@@ -5,23 +5,31 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import pandas as pd
 from IPython import get_ipython
 from IPython.display import Markdown, display
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
+from delta_analysis.delta import load_delta
+from delta_analysis.editable import Pair
+from delta_analysis.evaluate.protocol import Evaluation
 from delta_analysis.intervals import Interval
 from delta_analysis.paths import resolve, sha256
 from delta_analysis.provenance import file_hashes, versions
+from delta_analysis.scope import in_scope
 from delta_analysis.tolerance import HIGHEST, LOWEST
+
 
 def say(sentence: str) -> None:
     """Show a sentence that was computed, as text of the report."""
@@ -50,6 +58,61 @@ class LiveLine:
 
     def flush(self) -> None:
         """Nothing is held back."""
+
+
+def protocols(evaluations: Mapping[str, Sequence[Evaluation]]) -> str:
+    """What each pair is judged by, as a list; pairs that are judged alike share a line."""
+    pairs: dict[str, list[str]] = {}
+    for pair, own in evaluations.items():
+        for evaluation in own:
+            pairs.setdefault(f"{evaluation.name}: {evaluation.protocol}", []).append(pair)
+    return "\n".join(f"- *{', '.join(names)}*, {protocol}" for protocol, names in pairs.items())
+
+
+def scope_text(scope: str, pairs: Sequence[Pair]) -> str:
+    """Which tensors an edit reaches, with the share of the delta's entries that they are."""
+    lines = []
+    for pair in pairs:
+        compared = load_delta(base=pair.base, finetuned=pair.finetuned).compared
+        numel = {name: math.prod(match.finetuned.shape) for name, match in compared.items() if match.finetuned}
+        shapes = {name: len(match.finetuned.shape) for name, match in compared.items() if match.finetuned}
+        chosen = in_scope(scope, shapes)
+        share = sum(numel[name] for name in chosen) / max(sum(numel.values()), 1)
+        lines.append((len(chosen), len(numel), percent(share)))
+    told = " or ".join(
+        dict.fromkeys(f"{some} of {every} tensors ({share} of the entries)" for some, every, share in lines)
+    )
+    return f"Edited: scope `{scope}`, {told} of a delta."
+
+
+def check_answers(cells: pd.DataFrame) -> None:
+    """Raise if an untouched model answers nothing: what would be measured is not an ability."""
+    silent = cells[(cells["drop_rate"] == 0) & (cells["metric"] == "accuracy") & (cells["value"] == 0)]
+    if len(silent):
+        raise ValueError(
+            f"parameter evaluation: {', '.join(dict.fromkeys(silent['pair']))} answers none of the questions even "
+            "untouched; check that questions and prompt format are the ones it was tuned for"
+        )
+
+
+def panels(names: Sequence[str], *, height: float = 3.1, **options: Any) -> tuple[Figure, dict[str, Axes]]:
+    """A grid of axes, one for each name and titled by it, two in a row, in reading order."""
+    columns = min(len(names), 2)
+    rows = -(-len(names) // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(5.2 * columns, height * rows), squeeze=False, layout="constrained", **options
+    )
+    for ax, name in zip(axes.flat, names, strict=False):
+        ax.set_title(name)
+    for ax in axes.flat[len(names) :]:
+        ax.remove()
+    return figure, dict(zip(names, axes.flat, strict=False))
+
+
+def shared_legend(figure: Figure, ax: Axes) -> None:
+    """The legend of one panel under all of them."""
+    handles, labels = ax.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 5))
 
 
 def percent(share: float, digits: int = 0) -> str:

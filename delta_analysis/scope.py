@@ -2,40 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 
 from delta_analysis.names import NO_LAYER, parse_name
 
-ATTENTION = ("attn", "attention", "self_attn", "self_attention", "selfattention", "crossattention", "attn_module")
+PARTS = ("attention", "mlp", "embeddings", "norms")
+"""Scopes no two of which have a tensor in common."""
+SCOPES = ("all", "linear", *PARTS)
 
 
-def _is_norm(module: str, kind: str) -> bool:
+def _part(layer: int, module: str, kind: str) -> str:
+    """Which of `PARTS` a tensor belongs to; none for what stands outside the layers, such as a head."""
     last = module.removesuffix(".bias").rsplit(".", 1)[-1].lower()
-    return kind == "norm" or "norm" in last or last.startswith("ln_")
-
-
-def _in_attention(module: str) -> bool:
-    return any(part.lower() in ATTENTION for part in module.split("."))
-
-
-def _attention(layer: int, module: str, kind: str) -> bool:
-    return layer != NO_LAYER and _in_attention(module) and not _is_norm(module, kind)
-
-
-def _mlp(layer: int, module: str, kind: str) -> bool:
-    return layer != NO_LAYER and not _in_attention(module) and not _is_norm(module, kind)
-
-
-SCOPES: dict[str, Callable[[int, str, str], bool]] = {
-    "all": lambda layer, module, kind: True,
-    "linear": lambda layer, module, kind: layer != NO_LAYER and kind == "linear",
-    "attention": _attention,
-    "mlp": _mlp,
-    "embeddings": lambda layer, module, kind: kind == "embedding",
-    "norms": lambda layer, module, kind: _is_norm(module, kind),
-}
-"""Name of a scope -> whether a tensor, by its layer, module and kind, belongs to it."""
+    if kind == "embedding":
+        return "embeddings"
+    if kind == "norm" or "norm" in last or last.startswith("ln_"):
+        return "norms"
+    if layer == NO_LAYER:
+        return ""
+    # `attn`, `self_attention`, `EncDecAttention`: each family has its own.
+    return "attention" if "attn" in module.lower() or "attention" in module.lower() else "mlp"
 
 
 def in_scope(scope: str, tensors: Mapping[str, int]) -> list[str]:
@@ -73,4 +60,7 @@ def in_scope(scope: str, tensors: Mapping[str, int]) -> list[str]:
 
 
 def _selects(part: str, name: str, ndim: int) -> bool:
-    return SCOPES[part](*parse_name(name, ndim)) if part in SCOPES else fnmatchcase(name, part)
+    if part not in SCOPES:
+        return fnmatchcase(name, part)
+    layer, module, kind = parse_name(name, ndim)
+    return part in ("all", _part(layer, module, kind)) or (part == "linear" and kind == "linear" and layer != NO_LAYER)

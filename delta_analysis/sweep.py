@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import BrokenExecutor, Executor, Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
+from operator import index
 from pathlib import Path
 from typing import TextIO
 
@@ -28,6 +29,8 @@ LARGE = 2**28
 
 Evaluations = Sequence[Evaluation] | Mapping[str, Sequence[Evaluation]]
 """What all pairs are judged by, or name of a pair -> what it is judged by."""
+Hashes = Mapping[Pair, tuple[str, str]]
+"""Hashes of a pair's base and fine-tune."""
 
 
 class SweepError(ValueError):
@@ -36,6 +39,9 @@ class SweepError(ValueError):
     def __init__(self, message: str, table: pd.DataFrame) -> None:
         super().__init__(message)
         self.table = table
+
+    def __reduce__(self) -> tuple[type[SweepError], tuple[str, pd.DataFrame]]:
+        return type(self), (str(self), self.table)
 
 
 @dataclass(frozen=True)
@@ -116,7 +122,7 @@ def as_edit(edit: Edit | Pruner) -> Edit:
 
 def useful_seeds(pruner: Pruner, seeds: Sequence[int]) -> list[int]:
     """The seeds that make a difference: all of them, or the first for a pruner that is not random."""
-    return list(seeds) if pruner.random else list(seeds)[:1]
+    return [index(seed) for seed in (seeds if pruner.random else seeds[:1])]
 
 
 def evaluations_of(pair: Pair, evaluations: Evaluations) -> Sequence[Evaluation]:
@@ -138,9 +144,15 @@ def judge(
     progress: TextIO | None = None,
 ) -> pd.DataFrame:
     """The table of `sweep` for any list of cells."""
+    pairs = dict.fromkeys(cell.pair for cell in asked)
+    if not pairs:
+        raise ValueError("no cell is asked for; give at least one pair, edit, evaluation and seed")
+    if len({pair.name for pair in pairs}) < len(pairs):
+        raise ValueError("pairs: two that differ bear the same name, so no table could tell them apart; rename one")
+    hashes = {pair: (content_hash(pair.base) if pair.base else "", content_hash(pair.finetuned)) for pair in pairs}
     store = CellStore(resolve(out_dir) / "cells")
-    keys, jobs = _plan(asked, device)
-    done = {key: rows for key in keys if (rows := store.read(key))}
+    keys, jobs = _plan(asked, hashes, device)
+    done = {key: rows for key in set(keys) if (rows := store.read(key))}
     missing = [job for each in jobs if (job := _without(each, done)).evaluations]
     shown = None if progress is None else False
     with tqdm(total=len(set(keys)), initial=len(done), unit="cell", disable=shown, file=progress) as bar:
@@ -150,16 +162,14 @@ def judge(
                 done[key] = rows
                 bar.update()
     release_pairs()
-    table = _table(asked, [done[key] for key in keys])
+    table = _table(asked, hashes, [done[key] for key in keys])
     if table["error"].notna().any():
         raise SweepError(_failures(table), table)
     return table
 
 
-def _plan(asked: Sequence[Cell], device: str) -> tuple[list[str], list[Job]]:
+def _plan(asked: Sequence[Cell], hashes: Hashes, device: str) -> tuple[list[str], list[Job]]:
     """The key of each cell, and the jobs that give all of them, each cell once."""
-    pairs = dict.fromkeys(cell.pair for cell in asked)
-    hashes = {p: (content_hash(p.base) if p.base else "", content_hash(p.finetuned)) for p in pairs}
     judged = {cell.evaluation: _without_name(cell.evaluation) for cell in asked}
     version = versions()["delta_analysis"]
     keys: list[str] = []
@@ -203,13 +213,25 @@ def _without(job: Job, done: Mapping[str, object]) -> Job:
 def _run(jobs: Sequence[Job], executor: Executor | None) -> Iterator[dict[str, list[Row]]]:
     """The results of the jobs in the order in which they end."""
     with _pool(jobs) if executor is None else nullcontext(executor) as pool:
-        futures = {pool.submit(run_job, job): job for job in jobs}
+        futures: dict[Future[dict[str, list[Row]]], Job] = {}
         try:
+            for job in jobs:
+                futures[_submitted(pool, job)] = job
             for future in as_completed(futures):
                 yield _results(future, futures[future])
         finally:
             for future in futures:
                 future.cancel()
+
+
+def _submitted(pool: Executor, job: Job) -> Future[dict[str, list[Row]]]:
+    """The future of a job; one that has failed if a worker that died has broken the pool."""
+    try:
+        return pool.submit(run_job, job)
+    except BrokenExecutor as error:
+        lost: Future[dict[str, list[Row]]] = Future()
+        lost.set_exception(error)
+        return lost
 
 
 @contextmanager
@@ -233,7 +255,7 @@ def _results(future: Future[dict[str, list[Row]]], job: Job) -> dict[str, list[R
         return {key: [failed(job, error)] for key, _ in job.evaluations}
 
 
-def _table(asked: Sequence[Cell], found: Sequence[list[Row]]) -> pd.DataFrame:
+def _table(asked: Sequence[Cell], hashes: Hashes, found: Sequence[list[Row]]) -> pd.DataFrame:
     """The rows of cells under the names that were asked for."""
     rows = []
     for cell, measured in zip(asked, found, strict=True):
@@ -247,12 +269,14 @@ def _table(asked: Sequence[Cell], found: Sequence[list[Row]]) -> pd.DataFrame:
             "seed": cell.seed,
             "evaluation": cell.evaluation.name,
         }
-        rows += [{**labels, **options(pruner), **{c: row.get(c) for c in SCHEMA.names if c != "cell"}} for row in measured]
-    own = sorted({column for row in rows for column in row if column.startswith("option_")})
+        # A cell of two pairs says the base of the one that it ran for.
+        own = {**options(pruner), **dict(zip(("base_hash", "finetuned_hash"), hashes[cell.pair], strict=True))}
+        rows += [{**labels, **{c: row.get(c) for c in SCHEMA.names if c != "cell"}, **own} for row in measured]
+    chosen = sorted({column for row in rows for column in row if column.startswith("option_")})
     table = pd.DataFrame(rows)
     measures = ["metric", "value", "low", "high", "achieved_drop_rate", "seconds", "outcomes"]
     origin = ["device", "versions", "base_hash", "finetuned_hash", "error"]
-    return table[[*labels, *measures, *own, *origin]]
+    return table[[*labels, *measures, *chosen, *origin]]
 
 
 def _failures(table: pd.DataFrame) -> str:

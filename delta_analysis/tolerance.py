@@ -130,8 +130,9 @@ def _single_metric(cells: pd.DataFrame) -> Metric:
 
 
 def at_drop_rate(edit: Edit, drop_rate: float) -> Edit:
-    """The same method and scope at another drop rate."""
-    return replace(edit, pruner=replace(edit.pruner, drop_rate=drop_rate))  # type: ignore[type-var]
+    """The same method and scope at another drop rate; at 0 the untouched model, which a factor would scale."""
+    rescale = edit.pruner.rescale if drop_rate or isinstance(edit.pruner.rescale, str) else "none"
+    return replace(edit, pruner=replace(edit.pruner, drop_rate=drop_rate, rescale=rescale))  # type: ignore[type-var]
 
 
 def kept_shares(metric: Metric, outcomes: Mapping[float, np.ndarray]) -> dict[float, float]:
@@ -187,3 +188,14 @@ def crossing(scale: Sequence[float], shares: np.ndarray) -> float:
         return scale[0]
     upper, lower = shares[first - 1], shares[first]
     return float(scale[first - 1] + (scale[first] - scale[first - 1]) * (upper - KEPT_SHARE) / (upper - lower))
+
+
+def tolerance_difference(one: pd.Series, other: pd.Series) -> Interval:
+    """How much more one pair tolerates than another, on log(p/(1-p)), with its 95% interval.
+
+    `one` and `other` are rows of `measure_tolerance`. Their errors are taken as independent: half
+    widths add as squares, each side by itself.
+    """
+    a, b = ([logit(row[column]) for column in ("tolerated", "low", "high")] for row in (one, other))
+    value = a[0] - b[0]
+    return Interval(value, value - math.hypot(a[0] - a[1], b[2] - b[0]), value + math.hypot(a[2] - a[0], b[0] - b[1]))

@@ -5,6 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as npst
 
 from delta_analysis.comparison import best_methods, lead
 
@@ -83,6 +86,46 @@ def test_smaller_losses_win_where_the_metric_is_perplexity() -> None:
     assert best.loc[0, "kept"] == pytest.approx(np.exp(-0.15))
     assert best.loc[0, "lead"] == pytest.approx(np.exp(-0.15) - np.exp(-0.5))
     assert best.loc[0, "clear"]
+
+
+def test_a_lead_in_perplexity_counts_blocks_of_tokens() -> None:
+    """The second method loses a whole block of 64 tokens or none: 1.96 standard errors of block means."""
+    rng = np.random.default_rng(0)
+    worse = np.repeat(rng.normal(0.3, 0.1, size=60), 64)
+    untouched = rng.gamma(2, size=len(worse))
+    cells = pd.DataFrame(
+        [
+            *rows("DARE", 0.0, untouched[None], "perplexity"),
+            *rows("DARE", 0.5, untouched[None], "perplexity"),
+            *rows("MP", 0.5, (untouched + worse)[None], "perplexity"),
+        ]
+    )
+    ahead = lead(cells, "DARE", "MP")
+    kept = np.exp(-worse.mean())
+    assert ahead.value == pytest.approx(1 - kept)
+    assert ahead.high - ahead.value == pytest.approx(1.96 * kept * worse.std() / np.sqrt(60), rel=0.1)
+
+
+def test_each_pair_is_judged_by_itself(cells: pd.DataFrame) -> None:
+    turned = cells.replace({"DARE": "MP", "MP": "DARE"}).assign(pair="c → d")
+    both = best_methods(pd.concat([cells, turned], ignore_index=True))
+    assert both["pair"].tolist() == ["a → b"] * 2 + ["c → d"] * 2
+    pd.testing.assert_frame_equal(both.head(2), best_methods(cells))
+    assert both.loc[2, ["method", "second", "clear"]].tolist() == ["MP", "DARE", True]
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    first=npst.arrays(np.int8, (3, 12), elements=st.integers(0, 1)),
+    second=npst.arrays(np.int8, (3, 12), elements=st.integers(0, 1)),
+)
+def test_a_lead_turned_round_changes_its_sign(first: np.ndarray, second: np.ndarray) -> None:
+    cells = pd.DataFrame([*rows("none", 0.0, np.ones((1, 12))), *rows("A", 0.5, first), *rows("B", 0.5, second)])
+    ahead, behind = lead(cells, "A", "B"), lead(cells, "B", "A")
+    assert ahead.value == pytest.approx(first.mean() - second.mean())
+    assert ahead.low <= ahead.value <= ahead.high
+    assert behind == pytest.approx((-ahead.value, -ahead.high, -ahead.low))
+    assert lead(cells, "A", "A") == (0, 0, 0)
 
 
 def test_few_masks_that_differ_leave_a_lead_open() -> None:

@@ -7,6 +7,8 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,25 +24,47 @@ ROOT = find_root()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LAYERS = (
     ("_errors", "names"),
-    ("paths", "philox", "storage", "entry", "pickled"),
+    ("paths", "philox", "storage", "entry", "pickled", "ray_executor"),
     ("formats", "kernel_drop", "kernel_tally", "hub"),
     ("configuration", "folder", "known_pairs", "kernel_order"),
     ("adapter", "kernels", "torch_kernels"),
     ("checkpoint",),
-    ("blocks", "alignment"),
+    ("blocks", "alignment", "loading", "provenance"),
     ("cut", "rescaling", "tally"),
     ("rows",),
     ("pruning",),
-    ("delta", "intervals"),
-    ("streaming", "saving", "generation"),
-    ("ranges",),
+    ("delta", "intervals", "scope", "patching", "cells"),
+    ("streaming", "saving"),
+    ("ranges", "curve"),
+    ("evaluate.protocol", "evaluate.batching"),
+    ("evaluate.generation", "evaluate.prepared", "evaluate.texts"),
+    (
+        "evaluate.classification",
+        "evaluate.drift",
+        "evaluate.exact_match",
+        "evaluate.harness",
+        "evaluate.perplexity",
+        "evaluate.similarity",
+        "evaluate.weights",
+    ),
     ("evaluate",),
-    ("sweep",),
-    ("tolerance", "damage", "comparison"),
-    ("plots", "family"),
-    ("parameters", "notebook"),
+    ("editable",),
+    ("jobs", "family"),
+    ("sweep", "comparison"),
+    ("tolerance", "damage", "factors"),
+    ("plots.style",),
+    ("plots.curves", "plots.methods", "plots.ranges"),
+    ("plots",),
+    ("parameter_checks", "notebook"),
+    ("parameters",),
     ("report", "refresh"),
+    ("zoo", "zoo.tokenizer", "zoo.skills"),
+    ("zoo.corpus", "zoo.recipe"),
+    ("zoo.train",),
+    ("zoo.decoder", "zoo.encoder"),
+    ("zoo.__main__",),
 )
+"""Modules by rank, `evaluate` alone being the package's `__init__`: each imports only from ranks listed before its own."""
 
 
 def _pins() -> dict[str, str]:
@@ -76,12 +100,34 @@ def test_ci_runs_the_test_command_of_the_readme() -> None:
     assert "\nmake test" in readme
 
 
+def _modules() -> dict[str, Path]:
+    """Name of each module within the package -> its file; a package goes by its own name."""
+    package = ROOT / "delta_analysis"
+    named = {".".join(path.relative_to(package).with_suffix("").parts): path for path in package.rglob("*.py")}
+    return {name.removesuffix(".__init__"): path for name, path in named.items() if name != "__init__"}
+
+
+def _imported(path: Path, modules: Collection[str]) -> set[str]:
+    """The modules of the package that a file imports, wherever in the file it does."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and f"{node.module}.".startswith("delta_analysis."):
+            where = (node.module or "").removeprefix("delta_analysis").removeprefix(".")
+            for alias in node.names:
+                inner = f"{where}.{alias.name}".removeprefix(".")
+                found.add(inner if inner in modules else where)
+        if isinstance(node, ast.Import):
+            assert not any(alias.name.startswith("delta_analysis") for alias in node.names), path
+    return found
+
+
 def test_imports_go_one_way() -> None:
     rank = {name: i for i, layer in enumerate(LAYERS) for name in layer}
-    modules = {path.stem: path for path in (ROOT / "delta_analysis").glob("*.py") if path.stem != "__init__"}
+    modules = _modules()
     assert set(modules) == set(rank)
+    assert sum(map(len, LAYERS)) == len(rank)
     for name, path in modules.items():
-        for imported in re.findall(r"^from delta_analysis\.(\w+) import", path.read_text(), flags=re.M):
+        for imported in _imported(path, modules):
             assert rank[imported] < rank[name], f"{name} imports {imported}"
 
 

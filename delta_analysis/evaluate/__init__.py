@@ -3,6 +3,7 @@
 from delta_analysis.evaluate.classification import Classification, Labelled, load_labelled
 from delta_analysis.evaluate.drift import OutputDrift
 from delta_analysis.evaluate.exact_match import ExactMatch, Question, load_questions
+from delta_analysis.evaluate.harness import LmEval
 from delta_analysis.evaluate.perplexity import TextPerplexity
 from delta_analysis.evaluate.protocol import Evaluation, Outcomes
 from delta_analysis.evaluate.similarity import HiddenSimilarity
@@ -14,6 +15,7 @@ __all__ = [
     "ExactMatch",
     "HiddenSimilarity",
     "Labelled",
+    "LmEval",
     "Outcomes",
     "OutputDrift",
     "Question",

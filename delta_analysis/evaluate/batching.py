@@ -17,7 +17,7 @@ MOST_LOGITS = 2**27
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Rows that a model reads together, padded on the right, where causal attention never looks.
+    """Rows that a model reads together, the last token repeated on the right, where causal attention never looks.
 
     Attributes
     ----------
@@ -77,7 +77,7 @@ def batches(
     made = []
     for places, prefix in min(cuts, key=lambda cut: cut[0])[1]:
         width = max(lengths[i] for i in places)
-        ids = torch.tensor([[*rows[i], *[0] * (width - lengths[i])] for i in places])
+        ids = torch.tensor([rows[i] + rows[i][-1:] * (width - lengths[i]) for i in places])
         made.append(Batch(tuple(places), ids, prefix, width - min(starts[i] for i in places) + 1))
     return made
 
@@ -112,4 +112,6 @@ def _best_cut(
 
 def _common(first: list[int], second: list[int]) -> int:
     """How many tokens both begin with."""
-    return next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second)))
+    return next(
+        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
+    )

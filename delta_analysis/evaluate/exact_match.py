@@ -6,10 +6,10 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from delta_analysis.evaluate.generation import Plan, matches, plan
+from delta_analysis.evaluate.generation import matches, plan
+from delta_analysis.evaluate.prepared import Prepared
 from delta_analysis.evaluate.protocol import Evaluation, Outcomes
 
 
@@ -74,8 +74,8 @@ class ExactMatch:
     Examples
     --------
     >>> ExactMatch((Question("2+2=", "4"), Question("2+3=", "5")), name="sums").protocol
-    'Accuracy on 2 questions (items): exact match of the greedily generated line; prompts as they are, without
-    special tokens.'
+    'Accuracy on 2 questions: exact match of the greedily generated line; prompts as they are, without special
+    tokens. Intervals resample the questions.'
     """
 
     questions: tuple[Question, ...]
@@ -96,7 +96,8 @@ class ExactMatch:
             else "prompts as they are, without special tokens"
         )
         return (
-            f"Accuracy on {len(self.questions):,} questions (items): exact match of the greedily generated line; {prompts}."
+            f"Accuracy on {len(self.questions):,} questions: exact match of the greedily generated line; {prompts}. "
+            "Intervals resample the questions."
         )
 
     @property
@@ -110,34 +111,15 @@ class ExactMatch:
         if self.chat_template:
             prompts = [_chat(tokenizer, prompt) for prompt in prompts]
         answers = [question.answer.split("\n", 1)[0] for question in self.questions]
-        return _Prepared(self, plan(untouched, tokenizer, prompts, answers, self.batch_size))
+        made = plan(untouched, tokenizer, prompts, answers, self.batch_size)
+
+        def judge(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Outcomes:
+            return {"accuracy": matches(model, tokenizer, made)}
+
+        return Prepared(self, judge)
 
     def __call__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Outcomes:
         return self.prepared(model, tokenizer)(model, tokenizer)
-
-
-@dataclass(frozen=True, eq=False)
-class _Prepared:
-    evaluation: ExactMatch
-    plan: Plan
-
-    @property
-    def name(self) -> str:
-        return self.evaluation.name
-
-    @property
-    def protocol(self) -> str:
-        return self.evaluation.protocol
-
-    @property
-    def texts(self) -> tuple[str, ...]:
-        return self.evaluation.texts
-
-    def prepared(self, untouched: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Evaluation:
-        return self.evaluation.prepared(untouched, tokenizer)
-
-    def __call__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Outcomes:
-        return {"accuracy": matches(model, tokenizer, self.plan)}
 
 
 def _chat(tokenizer: PreTrainedTokenizerBase, message: str) -> str:
@@ -147,5 +129,7 @@ def _chat(tokenizer: PreTrainedTokenizerBase, message: str) -> str:
             "or put a chat_template into its tokenizer_config.json"
         )
     return str(
-        tokenizer.apply_chat_template([{"role": "user", "content": message}], add_generation_prompt=True, tokenize=False)
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": message}], add_generation_prompt=True, tokenize=False
+        )
     )

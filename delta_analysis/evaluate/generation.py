@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from delta_analysis.evaluate.batching import Batch, batches
 
@@ -111,19 +112,17 @@ def _plan(model: PreTrainedModel, drafts: Sequence[Draft], ends: frozenset[int],
         [len(draft.prompt) for draft in drafts],
         batch_size=batch_size,
         vocabulary=model.config.get_text_config().vocab_size,
-        shared=_caches(model),
+        shared=_keeps_keys_and_values(model),
     )
     return Plan(tuple(drafts), tuple(made), ends, batch_size)
 
 
-def _caches(model: PreTrainedModel) -> bool:
-    """Whether the model can go on from keys and values, all it needs to know of earlier tokens."""
-    # A recurrent state lives in caches of other kinds, which several rows cannot always share.
-    return (
-        model._supports_default_dynamic_cache()
-        and not model._is_stateful
-        and "past_key_values" in inspect.signature(model.forward).parameters
-    )
+def _keeps_keys_and_values(model: PreTrainedModel) -> bool:
+    """Whether keys and values are all that the model needs to know of earlier tokens, so that rows may share them."""
+    if model._is_stateful or "past_key_values" not in inspect.signature(model.forward).parameters:
+        return False
+    layers = DynamicCache(config=model.config).layers
+    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
 
 
 def _choices(model: PreTrainedModel, batch: Batch) -> np.ndarray:
@@ -144,9 +143,9 @@ def _choices(model: PreTrainedModel, batch: Batch) -> np.ndarray:
 
 def _generated(choices: np.ndarray, batch: Batch, drafts: Sequence[Draft]) -> Iterator[list[int]]:
     """What greedy generation writes after each prompt: the draft, or as much as it agrees with and the next token."""
-    before = batch.ids.shape[1] - batch.kept
+    width = batch.ids.shape[1]
     for row, draft in zip(choices.tolist(), drafts, strict=True):
-        own = row[len(draft.prompt) - 1 - before :][: max(len(draft.tokens), 1)]
+        own = row[len(draft.prompt) - 1 - width :][: max(len(draft.tokens), 1)]
         agreed = next((i for i, token in enumerate(draft.tokens) if token != own[i]), len(own))
         yield own[: agreed + 1]
 
@@ -154,9 +153,7 @@ def _generated(choices: np.ndarray, batch: Batch, drafts: Sequence[Draft]) -> It
 def _next_draft(tokenizer: PreTrainedTokenizerBase, draft: Draft, chosen: list[int], text: str) -> Draft:
     """The rest of the answer, after what has been generated of it."""
     [tokens] = _ids(tokenizer, [draft.answer[len(text.rstrip("\ufffd")) :] + "\n"])
-    return replace(
-        draft, prompt=draft.prompt + chosen, written=draft.written + len(chosen), tokens=tokens, right=None
-    )
+    return replace(draft, prompt=draft.prompt + chosen, written=draft.written + len(chosen), tokens=tokens, right=None)
 
 
 def _is_right(text: str, answer: str) -> bool | None:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from delta_analysis.evaluate.prepared import Prepared
 from delta_analysis.evaluate.protocol import Evaluation, Outcomes
 
 
@@ -35,8 +36,8 @@ class TextPerplexity:
     Examples
     --------
     >>> TextPerplexity("It was the best of times").protocol
-    "Perplexity: exp of the mean loss of a text's tokens (items) but the first, in windows of 128 tokens that advance
-    by 64; the text has 24 characters."
+    'Perplexity of a text of 24 characters: exp of the mean loss of its tokens but the first, in windows of 128 tokens
+    that advance by 64. Intervals resample blocks of neighbours.'
     """
 
     text: str
@@ -52,8 +53,9 @@ class TextPerplexity:
     def protocol(self) -> str:
         """What is measured, on what, and in which windows."""
         return (
-            f"Perplexity: exp of the mean loss of a text's tokens (items) but the first, in windows of {self.window} "
-            f"tokens that advance by {self.stride}; the text has {len(self.text):,} characters."
+            f"Perplexity of a text of {len(self.text):,} characters: exp of the mean loss of its tokens but the first, "
+            f"in windows of {self.window} tokens that advance by {self.stride}. "
+            "Intervals resample blocks of neighbours."
         )
 
     @property
@@ -66,43 +68,26 @@ class TextPerplexity:
         ids = torch.tensor([tokenizer(self.text, add_special_tokens=False, verbose=False)["input_ids"]])
         if ids.shape[1] < 2:
             raise ValueError(f"perplexity needs a text of at least two tokens; this one has {ids.shape[1]}")
-        return _Prepared(self, ids)
+
+        def judge(model: PreTrainedModel, _: PreTrainedTokenizerBase) -> Outcomes:
+            return {"perplexity": _losses(model, ids.to(model.device), self.window, self.stride)}
+
+        return Prepared(self, judge)
 
     def __call__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Outcomes:
         return self.prepared(model, tokenizer)(model, tokenizer)
 
 
-@dataclass(frozen=True, eq=False)
-class _Prepared:
-    evaluation: TextPerplexity
-    ids: torch.Tensor
-
-    @property
-    def name(self) -> str:
-        return self.evaluation.name
-
-    @property
-    def protocol(self) -> str:
-        return self.evaluation.protocol
-
-    @property
-    def texts(self) -> tuple[str, ...]:
-        return self.evaluation.texts
-
-    def prepared(self, untouched: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Evaluation:
-        return self.evaluation.prepared(untouched, tokenizer)
-
-    def __call__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Outcomes:
-        window, stride = self.evaluation.window, self.evaluation.stride
-        ids = self.ids.to(model.device)
-        length = ids.shape[1]
-        losses, scored = [], 1
-        with torch.inference_mode():
-            while scored < length:
-                stop = min(max(scored + stride, window), length)
-                part = ids[:, max(0, stop - window) : stop]
-                fresh = stop - scored
-                logits = model(input_ids=part, use_cache=False).logits[0, -fresh - 1 : -1]
-                losses.append(torch.nn.functional.cross_entropy(logits.double(), part[0, -fresh:], reduction="none"))
-                scored = stop
-        return {"perplexity": torch.cat(losses).cpu().numpy()}
+def _losses(model: PreTrainedModel, ids: torch.Tensor, window: int, stride: int) -> np.ndarray:
+    """The loss of each of the (1, length) tokens but the first."""
+    length = ids.shape[1]
+    losses, scored = [], 1
+    with torch.inference_mode():
+        while scored < length:
+            stop = min(max(scored + stride, window), length)
+            part = ids[:, max(0, stop - window) : stop]
+            fresh = stop - scored
+            logits = model(input_ids=part, use_cache=False).logits[0, -fresh - 1 : -1]
+            losses.append(torch.nn.functional.cross_entropy(logits.double(), part[0, -fresh:], reduction="none"))
+            scored = stop
+    return torch.cat(losses).cpu().numpy()

@@ -67,14 +67,14 @@ class WeightDamage:
         texts = [tokenizer(text, add_special_tokens=False)["input_ids"][:LONGEST_TEXT] for text in self.texts]
         texts = [text for text in texts if text]
         if not (linear and texts):
-            raise ValueError("no linear layer is among the tensors of the delta, or no text is given; nothing to measure")
+            raise ValueError("no linear layer is in the delta, or no text is given; there is nothing to measure")
         stride = max(sum(map(len, texts)) // N_POSITIONS, 1)
         inputs: dict[str, list[torch.Tensor]] = {}
         with _recorded(linear, inputs, stride), torch.inference_mode():
             for text in texts:
                 untouched(input_ids=torch.tensor([text], device=untouched.device), use_cache=False)
-        untouched_weights = {name: _weight(untouched, name, tensor) for name, tensor in delta.items()}
-        return _AgainstUntouched(self, delta, untouched_weights, {name: torch.cat(rows) for name, rows in inputs.items()})
+        weights = {name: _weight(untouched, name, tensor) for name, tensor in delta.items()}
+        return _AgainstUntouched(self, delta, weights, {name: torch.cat(rows) for name, rows in inputs.items()})
 
     def __call__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Outcomes:
         """Needs the untouched model first."""

@@ -1,0 +1,44 @@
+"""Figures: each function draws one table on one pair of axes and returns the axes."""
+
+from delta_analysis.plots.curves import (
+    drop_curves,
+    factor_curves,
+    mark_tolerated,
+    reference_lines,
+    similarity_by_layer,
+    tolerance_by_size,
+)
+from delta_analysis.plots.methods import damage_scatter, method_dots, winner_map
+from delta_analysis.plots.ranges import (
+    MOST_ANNOTATED,
+    layer_heatmap,
+    magnitude_histograms,
+    magnitude_quantiles,
+    short_module,
+    trail_growth,
+)
+from delta_analysis.plots.style import GREY, METHOD_COLOURS, PALETTE, colours, method_colours, set_style
+
+__all__ = [
+    "GREY",
+    "METHOD_COLOURS",
+    "MOST_ANNOTATED",
+    "PALETTE",
+    "colours",
+    "damage_scatter",
+    "drop_curves",
+    "factor_curves",
+    "layer_heatmap",
+    "magnitude_histograms",
+    "magnitude_quantiles",
+    "mark_tolerated",
+    "method_colours",
+    "method_dots",
+    "reference_lines",
+    "set_style",
+    "short_module",
+    "similarity_by_layer",
+    "tolerance_by_size",
+    "trail_growth",
+    "winner_map",
+]

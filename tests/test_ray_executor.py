@@ -1,0 +1,190 @@
+"""The executor on a real Ray cluster of two cores."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import CancelledError, as_completed
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+
+from delta_analysis.ray_executor import RayExecutor
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    # A short path of its own: Ray's sockets lie in it, and their names are limited in length.
+    with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder:
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR", _temp_dir=folder)
+        yield
+        ray.shutdown()
+
+
+@pytest.fixture
+def executor(cluster: None) -> Iterator[RayExecutor]:
+    with RayExecutor() as executor:
+        yield executor
+
+
+def wait_for(path: Path) -> None:
+    for _ in range(6000):
+        if path.exists():
+            return
+        time.sleep(0.01)
+    raise TimeoutError(path)
+
+
+def double(number: int) -> int:
+    return 2 * number
+
+
+def announce(path: Path) -> None:
+    whole = path.with_suffix(".tmp")
+    whole.write_text(str(os.getpid()))
+    whole.rename(path)
+
+
+def meet(own: Path, other: Path) -> int:
+    announce(own)
+    wait_for(other)
+    return os.getpid()
+
+
+def killed_the_first_time(path: Path, number: int) -> int:
+    if not path.exists():
+        announce(path)
+        time.sleep(600)
+    return 2 * number
+
+
+def wait_and_double(path: Path, number: int, begun: Path | None = None) -> int:
+    if begun is not None:
+        announce(begun)
+    wait_for(path)
+    return 2 * number
+
+
+class UnreadableError(ValueError):
+    """An error of ours, with a field."""
+
+    def __init__(self, file: str) -> None:
+        super().__init__(file)
+        self.file = file
+
+
+def read(file: str) -> None:
+    raise UnreadableError(file)
+
+
+def test_calls_run_in_two_workers_at_once(executor: RayExecutor, tmp_path: Path) -> None:
+    left, right = tmp_path / "left", tmp_path / "right"
+    workers = [executor.submit(meet, left, right), executor.submit(meet, right, other=left)]
+    pids = {each.result() for each in workers}
+    assert len(pids) == 2
+    assert os.getpid() not in pids
+
+
+def test_map_keeps_the_order(executor: RayExecutor) -> None:
+    assert list(executor.map(double, range(20))) == list(range(0, 40, 2))
+
+
+def test_as_completed_gives_the_first_that_is_ready(executor: RayExecutor, tmp_path: Path) -> None:
+    last = executor.submit(wait_and_double, tmp_path / "go", 1)
+    first = executor.submit(double, 2)
+    ready = as_completed([last, first])
+    assert next(ready) is first
+    (tmp_path / "go").touch()
+    assert next(ready).result() == 2
+
+
+def test_errors_come_back_as_themselves(executor: RayExecutor) -> None:
+    with pytest.raises(UnreadableError) as caught:
+        executor.submit(read, "model.safetensors").result()
+    assert type(caught.value) is UnreadableError
+    assert caught.value.file == "model.safetensors"
+    assert "in read" in caught.value.__notes__[0]
+
+
+def test_a_callback_is_called_with_the_future(executor: RayExecutor, tmp_path: Path) -> None:
+    results: list[int] = []
+    future = executor.submit(wait_and_double, tmp_path / "go", 3)
+    future.add_done_callback(lambda done: results.append(done.result()))
+    (tmp_path / "go").touch()
+    executor.shutdown()
+    assert results == [6]
+
+
+def test_a_call_that_waits_can_be_cancelled(executor: RayExecutor, tmp_path: Path) -> None:
+    running = [executor.submit(wait_and_double, tmp_path / "go", number) for number in range(2)]
+    waiting = executor.submit(announce, tmp_path / "never")
+    assert waiting.cancel()
+    (tmp_path / "go").touch()
+    assert [each.result() for each in running] == [0, 2]
+    with pytest.raises(CancelledError):
+        waiting.result()
+    executor.shutdown()
+    assert list(as_completed([waiting])) == [waiting]
+    assert not (tmp_path / "never").exists()
+
+
+def test_shutdown_cancels_its_own_calls_only(cluster: None, tmp_path: Path) -> None:
+    mine, other = RayExecutor(), RayExecutor()
+    begun = tmp_path / "begun"
+    kept = other.submit(wait_and_double, tmp_path / "go", 4)
+    stopped = mine.submit(wait_and_double, tmp_path / "never", 5, begun)
+    wait_for(begun)
+    mine.shutdown(cancel_futures=True)
+    assert stopped.cancelled()
+    with pytest.raises(RuntimeError, match="after shutdown"):
+        mine.submit(double, 1)
+    (tmp_path / "go").touch()
+    assert kept.result() == 8
+    # Its worker is free again, and so is the cluster.
+    assert [each.result() for each in (other.submit(double, 1), other.submit(double, 2))] == [2, 4]
+    other.shutdown()
+    assert ray.is_initialized()
+
+
+@pytest.mark.parametrize("cores", [1, 2])
+def test_torch_uses_the_cores_that_were_reserved(cluster: None, cores: int) -> None:
+    with RayExecutor(num_cpus=cores) as executor:
+        assert executor.submit(torch.get_num_threads).result() == cores
+
+
+def test_without_a_cluster_it_says_how_to_get_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with pytest.raises(ValueError, match=r"call ray\.init\(address="):
+        RayExecutor()
+
+
+def test_without_ray_it_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ValueError, match=r"delta_analysis\[scale\]"):
+        RayExecutor()
+
+
+# Last, since a worker takes seconds to start.
+def test_a_killed_worker_loses_no_result(executor: RayExecutor, tmp_path: Path) -> None:
+    begun = tmp_path / "begun"
+    hurt = executor.submit(killed_the_first_time, begun, 1)
+    others = [executor.submit(double, number) for number in range(10)]
+    wait_for(begun)
+    os.kill(int(begun.read_text()), signal.SIGKILL)
+    assert hurt.result() == 2
+    assert [each.result() for each in others] == list(range(0, 20, 2))
+
+
+def test_a_worker_that_dies_too_often_is_an_error(cluster: None, tmp_path: Path) -> None:
+    begun = tmp_path / "begun"
+    with RayExecutor(max_retries=0) as executor:
+        hurt = executor.submit(killed_the_first_time, begun, 1)
+        wait_for(begun)
+        os.kill(int(begun.read_text()), signal.SIGKILL)
+        assert isinstance(hurt.exception(), ray.exceptions.WorkerCrashedError)
