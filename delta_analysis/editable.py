@@ -68,7 +68,7 @@ class Edited(NamedTuple):
 class EditablePair:
     """A pair in memory: the untouched fine-tuned model, the base weights and the delta, each loaded once.
 
-    Threads may share it: each edits a copy of the model of its own.
+    Threads may share it: each edits a copy of the model of its own. `nonzero` counts entries of the delta.
     """
 
     pair: Pair
@@ -76,6 +76,7 @@ class EditablePair:
     tokenizer: PreTrainedTokenizerBase = field(repr=False)
     base: dict[str, torch.Tensor] = field(repr=False)
     delta: dict[str, torch.Tensor] = field(repr=False)
+    nonzero: dict[str, int] = field(repr=False)
     _copies: list[PreTrainedModel] = field(default_factory=list, repr=False)
     _prepared: dict[Evaluation, Evaluation] = field(default_factory=dict, repr=False)
     _lock: Lock = field(default_factory=Lock, repr=False)
@@ -92,7 +93,8 @@ class EditablePair:
         delta = {name: tensor for name, (tensor, _) in tensors.items()}
         base = {name: torch.zeros_like(delta[name]) if start is None else start for name, (_, start) in tensors.items()}
         _untie_head(model, lazy)
-        loaded = cls(pair, model, load_tokenizer(whole), base, delta)
+        nonzero = {name: int(torch.count_nonzero(tensor)) for name, tensor in delta.items()}
+        loaded = cls(pair, model, load_tokenizer(whole), base, delta, nonzero)
         if apart:
             _write(model, ((name, base[name] + delta[name]) for name in delta))
         return loaded
@@ -118,20 +120,21 @@ class EditablePair:
         scoped = {} if edit is None else {name: self.delta[name] for name in in_scope(edit.scope, shapes)}
         with self._lock:
             model = self._copies.pop() if self._copies else copy.deepcopy(self.model)
-        counts = [0, 0]
+        before = sum(self.nonzero[name] for name in scoped)
+        left = 0
 
         def weights(pruner: Pruner) -> Iterator[tuple[str, torch.Tensor]]:
+            nonlocal left
             prune = prepared(pruner, scoped, seed)
             for name, tensor in scoped.items():
                 pruned = prune(tensor, name=name, seed=seed)
-                counts[0] += int(torch.count_nonzero(tensor))
-                counts[1] += int(torch.count_nonzero(pruned))
+                left += int(torch.count_nonzero(pruned))
                 yield name, self.base[name] + pruned
 
         try:
             if edit is not None:
                 _write(model, weights(edit.pruner))
-            yield Edited(model, 1 - counts[1] / counts[0] if counts[0] else 0.0)
+            yield Edited(model, 1 - left / before if before and edit is not None else 0.0)
         finally:
             with torch.no_grad():
                 untouched = parameters_of(self.model)

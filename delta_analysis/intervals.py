@@ -61,7 +61,8 @@ class Resamples(NamedTuple):
 def two_way_resamples(n_seeds: int, n_items: int, *, block: int = 1, count: int = RESAMPLES) -> Resamples:
     """Bootstrap weights that resample seeds and items (blocks of neighbours) independently of each other.
 
-    The last block may be shorter; all are, where items would make fewer than 8 of them. The same weights used on several outcomes of the same seeds and items keep them paired.
+    The last block may be shorter; all are, where items would make fewer than 8 of them. The same
+    weights used on several outcomes of the same seeds and items keep them paired.
     """
     block = max(min(block, n_items // FEWEST_BLOCKS), 1)
     blocks = -(-n_items // block)

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from delta_analysis.cells import Row, content
+from delta_analysis.cells import CellStore, Row, content
 from delta_analysis.editable import Edit, EditablePair, Edited, Pair, held_pair
 from delta_analysis.evaluate.protocol import Evaluation
 from delta_analysis.intervals import metric_interval, metric_named
@@ -19,7 +19,7 @@ from delta_analysis.provenance import versions
 class Job:
     """What a worker is handed: one edit of a pair under one seed (None: the untouched model), and what judges it.
 
-    `hashes` are those of base and fine-tune; `evaluations` have the key of their cell.
+    `hashes` are those of base and fine-tune; `evaluations` have the key of their cell, `cells` is where it goes.
     """
 
     pair: Pair
@@ -27,11 +27,12 @@ class Job:
     seed: int
     hashes: tuple[str, str]
     device: str
+    cells: CellStore
     evaluations: tuple[tuple[str, Evaluation], ...]
 
 
 def run_job(job: Job) -> dict[str, list[Row]]:
-    """Key -> rows of each cell of a job, those that fail with their error; runs in a worker."""
+    """Key -> rows of each cell of a job; one that is finished is written at once, one that failed has its error."""
     results: dict[str, list[Row]] = {}
     try:
         held = held_pair(job.pair, job.hashes, job.device)
@@ -40,9 +41,11 @@ def run_job(job: Job) -> dict[str, list[Row]]:
             spent = time.perf_counter() - started
             for key, evaluation in job.evaluations:
                 try:
-                    results[key] = _judged(job, held, edited, evaluation, spent)
+                    rows = _judged(job, held, edited, evaluation, spent)
+                    job.cells.write(key, rows)
                 except Exception as error:
-                    results[key] = [failed(job, error)]
+                    rows = [failed(job, error)]
+                results[key] = rows
     except Exception as error:
         return {key: [failed(job, error)] for key, _ in job.evaluations}
     return results

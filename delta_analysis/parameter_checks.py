@@ -65,7 +65,8 @@ def check_model(base: str, finetuned: str) -> None:
     folder = tokenizer_folder(open_checkpoint(whole)) if whole else None
     if not folder or not ((folder / "config.json").is_file() and list(folder.glob("tokenizer*"))):
         raise ParameterError(
-            parameter, f"{whole}: evaluation needs a directory with config.json and tokenizer files beside the weights"
+            parameter,
+            f"{whole or 'is empty'}: evaluation needs a directory with config.json and tokenizer files beside weights",
         )
 
 

@@ -164,6 +164,9 @@ class ModelSizeParameters:
     def __post_init__(self) -> None:
         object.__setattr__(self, "drop_rates", parse_drop_rates(self.drop_rates))
         self.each()
+        names = [self.pair(relation).name for relation in self.relations()]
+        if twice := next((name for name in names if names.count(name) > 1), ""):
+            raise ParameterError("finetuned", f"two pairs would both be called {twice!r}; name the folders differently")
 
     @property
     def embedded(self) -> bool:
@@ -181,6 +184,8 @@ class ModelSizeParameters:
             if not isinstance(value, str):
                 raise ParameterError(parameter, f"must be sources with commas between, or empty; not {value!r}")
             sides[parameter] = [part.strip() for part in value.split(",")]
+            if "," in value and not all(sides[parameter]):
+                raise ParameterError(parameter, f"names nothing between two commas or at an end: {value!r}")
         if len(sides["base"]) != len(sides["finetuned"]):
             raise ParameterError(
                 "base", f"names {len(sides['base'])} checkpoints and finetuned {len(sides['finetuned'])}; give as many"
@@ -198,14 +203,19 @@ class ModelSizeParameters:
         return [relation for each in self.each() for relation in each.relations()]
 
     def pair(self, relation: Relation) -> Pair:
-        """A pair of the report, under a name that tells its size too."""
-        size = f"{relation.finetuned.removeprefix('zoo:').split('/')[0]}, " if self.embedded else ""
+        """A pair of the report; of embedded models, under a name that tells the size too."""
+        zoo = relation.finetuned.startswith("zoo:")
+        size = f"{relation.finetuned.removeprefix('zoo:').split('/')[0]}, " if zoo else ""
         return replace(relation.pair, name=f"{size}{relation.name}")
 
     def evaluations(self) -> dict[str, tuple[Evaluation, ...]]:
         """Name of each pair -> what it is judged by."""
         how = {"chat_template": self.chat_template}
         return {self.pair(r).name: (choose_evaluation(r.task, self.n_questions, **how),) for r in self.relations()}
+
+    def edit(self, pruner: Pruner) -> Edit:
+        """The pruner on the tensors of the scope."""
+        return Edit(pruner, self.scope)
 
     def evaluation_files(self) -> list[Path]:
         """The files that the pairs are judged on."""

@@ -82,7 +82,8 @@ def sweep(
         for language models; of a classifier all but its head, as in those for GLUE.
     evaluations : such as `[ExactMatch(questions)]`, for all pairs; or for each pair its own.
     seeds : one mask for each; masks are nested across drop rates and shared by rescale variants.
-    out_dir : folder of the cells; sweeps may share it, also at the same time.
+    out_dir : folder of the cells; sweeps may share it, also at the same time. Workers write into it what
+        they finish, if they see it, else what comes back is written here.
     executor : where cells run: any `concurrent.futures.Executor`, such as `RayExecutor()`. By default
         threads of this process: one a core for small models, which share the base and the delta and
         each edit a model of their own; a single one, with all cores, for large models.
@@ -151,15 +152,18 @@ def judge(
         raise ValueError("pairs: two that differ bear the same name, so no table could tell them apart; rename one")
     hashes = {pair: (content_hash(pair.base) if pair.base else "", content_hash(pair.finetuned)) for pair in pairs}
     store = CellStore(resolve(out_dir) / "cells")
-    keys, jobs = _plan(asked, hashes, device)
+    keys, jobs = _plan(asked, hashes, device, store)
     done = {key: rows for key in set(keys) if (rows := store.read(key))}
     missing = [job for each in jobs if (job := _without(each, done)).evaluations]
     shown = None if progress is None else False
     with tqdm(total=len(set(keys)), initial=len(done), unit="cell", disable=shown, file=progress) as bar:
         for results in _run(missing, executor):
             for key, rows in results.items():
-                store.write(key, rows)
-                done[key] = rows
+                # Finished by its worker, even one that died later, or by another sweep; else it failed here, or
+                # the worker does not see this folder.
+                if (finished := store.read(key)) is None:
+                    store.write(key, rows)
+                done[key] = finished or rows
                 bar.update()
     release_pairs()
     table = _table(asked, hashes, [done[key] for key in keys])
@@ -168,7 +172,7 @@ def judge(
     return table
 
 
-def _plan(asked: Sequence[Cell], hashes: Hashes, device: str) -> tuple[list[str], list[Job]]:
+def _plan(asked: Sequence[Cell], hashes: Hashes, device: str, store: CellStore) -> tuple[list[str], list[Job]]:
     """The key of each cell, and the jobs that give all of them, each cell once."""
     judged = {cell.evaluation: _without_name(cell.evaluation) for cell in asked}
     version = versions()["delta_analysis"]
@@ -186,7 +190,7 @@ def _plan(asked: Sequence[Cell], hashes: Hashes, device: str) -> tuple[list[str]
             planned.add(keys[-1])
             groups.setdefault((cell.pair, edit, seed), {})[keys[-1]] = cell.evaluation
     return keys, [
-        Job(pair, edit, seed, hashes[pair], device, tuple(wanted.items()))
+        Job(pair, edit, seed, hashes[pair], device, store, tuple(wanted.items()))
         for (pair, edit, seed), wanted in groups.items()
     ]
 

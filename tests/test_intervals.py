@@ -39,7 +39,9 @@ def slow_means(outcomes: np.ndarray, resamples: Resamples) -> list[float]:
     ]
 
 
-@pytest.mark.parametrize("name", ["accuracy", "similarity/0", "kl", "top5_logit_mse", "arc/acc_norm", "word_perplexity"])
+@pytest.mark.parametrize(
+    "name", ["accuracy", "similarity/0", "kl", "top5_logit_mse", "arc/acc_norm", "word_perplexity"]
+)
 def test_all_but_perplexity_are_means(name: str) -> None:
     assert metric_named(name) is MEAN
 
@@ -146,7 +148,7 @@ def test_blocks_of_neighbours_are_drawn_together(n_seeds: int, n_items: int, blo
 @given(n_items=st.integers(1, 300), block=st.integers(1, 500))
 @settings(deadline=None)
 def test_there_are_at_least_eight_blocks_or_one_an_item(n_items: int, block: int) -> None:
-    items = two_way_resamples(1, n_items, block=block).items
+    items = two_way_resamples(1, n_items, block=block, count=100).items
     assert len(np.unique(items, axis=1).T) >= min(FEWEST_BLOCKS, n_items)
 
 
@@ -161,12 +163,12 @@ def test_blocks_of_one_are_the_plain_bootstrap() -> None:
 
 def test_spread_of_a_block_bootstrap_is_that_of_the_block_means() -> None:
     """Tokens that are alike in each block of 64 count once a block: 64 times the variance of the plain bootstrap."""
-    means = np.random.default_rng(6).normal(size=50)
+    means = np.random.default_rng(6).normal(size=25)
     losses = np.repeat(means, 64)[None]
     variances = [
-        resampled_means(losses, two_way_resamples(1, 3200, block=block, count=5000)).var() for block in (1, 64)
+        resampled_means(losses, two_way_resamples(1, 1600, block=block, count=2000)).var() for block in (1, 64)
     ]
-    assert variances == pytest.approx([means.var() / 3200, means.var() / 50], rel=0.1)
+    assert variances == pytest.approx([means.var() / 1600, means.var() / 25], rel=0.12)
 
 
 def test_perplexity_interval_covers_the_truth_where_losses_of_neighbours_are_alike() -> None:
@@ -180,7 +182,9 @@ def test_perplexity_interval_covers_the_truth_where_losses_of_neighbours_are_ali
     for i in range(1, 2600):
         noise[:, i] += 0.8 * noise[:, i - 1]
     plain = Metric(PERPLEXITY.value, PERPLEXITY.kept_share)
-    intervals = {metric: [metric_interval(metric, 3 + row[None, 100:]) for row in noise] for metric in (PERPLEXITY, plain)}
+    intervals = {
+        metric: [metric_interval(metric, 3 + row[None, 100:]) for row in noise] for metric in (PERPLEXITY, plain)
+    }
     covered = {m: np.mean([one.low <= math.exp(3) <= one.high for one in ones]) for m, ones in intervals.items()}
     assert 0.86 < covered[PERPLEXITY] < 0.985
     assert covered[plain] < 0.65

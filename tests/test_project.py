@@ -64,7 +64,7 @@ LAYERS = (
     ("zoo.decoder", "zoo.encoder"),
     ("zoo.__main__",),
 )
-"""Modules by rank, `evaluate` alone being the package's `__init__`: each imports only from ranks listed before its own."""
+"""Modules by rank (a package stands for its `__init__`): each imports only from ranks listed before its own."""
 
 
 def _pins() -> dict[str, str]:

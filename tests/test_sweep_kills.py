@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import pickle
@@ -36,6 +37,7 @@ from tests.tiny_family import (
 
 WORKERS = 2
 N_CELLS = 42
+WRITE_TABLE = pq.write_table
 
 
 @pytest.fixture(scope="module")
@@ -68,29 +70,30 @@ def die(*_: object, **__: object) -> None:
 
 
 def write_half_and_die(table: object, path: Path) -> None:
-    pq.write_table(table, path)
+    WRITE_TABLE(table, path)
     os.truncate(path, path.stat().st_size // 2)
     die()
 
 
 def run_until(point: str, count: int, pair: Pair, evaluation: Logs, out_dir: Path) -> None:
     """Kill the own process at the `count`-th cell: before, in or after its file is written, or once it has its name."""
-    write, left = cells.CellStore.write, iter(range(count - 1))
+    write, started = cells.CellStore.write, itertools.count(1)
 
     def counted(store: cells.CellStore, key: str, rows: list[cells.Row]) -> None:
-        if next(left, None) is None:
-            if point == "before":
-                die()
-            elif point == "in":
-                cells.pq.write_table = write_half_and_die
-            elif point == "after":
-                Path.replace = die  # type: ignore[method-assign,assignment]
+        last = next(started) == count
+        if last and point == "before":
+            die()
+        elif last and point == "in":
+            pq.write_table = write_half_and_die
+        elif last and point == "after":
+            Path.replace = die  # type: ignore[method-assign,assignment]
         write(store, key, rows)
-        if point == "named" and next(left, None) is None:
+        if last:
             die()
 
     cells.CellStore.write = counted  # type: ignore[method-assign]
-    run(pair, evaluation, out_dir)
+    with ThreadPoolExecutor(1) as pool:
+        run(pair, evaluation, out_dir, pool)
 
 
 def wait_for(holds: Callable[[], object], child: Any) -> None:
@@ -110,7 +113,7 @@ def finished(out_dir: Path) -> set[str]:
 
 @pytest.fixture
 def evaluation(tmp_path: Path) -> Logs:
-    return Logs(str(tmp_path / "log"), seconds=0.004)
+    return Logs(str(tmp_path / "log"), seconds=0.008)
 
 
 @pytest.fixture
@@ -127,13 +130,13 @@ def test_a_sweep_that_is_killed_at_any_moment_goes_on(
     out_dir, moments = tmp_path / "out", random.Random(0)
     done: set[str] = set()
     kills = 0
-    for _ in range(12):
+    for _ in range(8):
         before = len(logged(evaluation))
         child = processes.Process(target=run_in_threads, args=(family.pair(), evaluation, out_dir))
         child.start()
-        wanted = before + moments.randrange(6)
+        wanted = before + moments.randrange(4)
         wait_for(lambda wanted=wanted: len(logged(evaluation)) >= wanted, child)
-        time.sleep(moments.uniform(0, 0.02))
+        time.sleep(moments.uniform(0, 0.015))
         child.kill()
         child.join()
         kills += child.exitcode == -signal.SIGKILL
@@ -141,8 +144,8 @@ def test_a_sweep_that_is_killed_at_any_moment_goes_on(
         assert done <= finished(out_dir)
         assert done.isdisjoint(logged(evaluation)[before:])
         done = finished(out_dir)
-    assert kills >= 6
-    assert 0 < len(done)
+    assert kills >= 5
+    assert done
     table = run(family.pair(), evaluation, out_dir)
     assert calls(evaluation) <= N_CELLS + WORKERS * kills
     pd.testing.assert_frame_equal(without_seconds(table), without_seconds(whole))
@@ -153,14 +156,13 @@ def test_a_sweep_that_is_killed_while_it_writes_goes_on(
     family: Family, evaluation: Logs, whole: pd.DataFrame, tmp_path: Path, processes: Any
 ) -> None:
     out_dir, there = tmp_path / "out", 0
-    for point, gained in (("before", 2), ("in", 2), ("after", 2), ("named", 3), ("in", 0)):
-        count = max(gained, 1) if point == "named" else gained + 1
+    for point, count in (("before", 3), ("in", 3), ("after", 3), ("named", 3), ("in", 1)):
         child = processes.Process(target=run_until, args=(point, count, family.pair(), evaluation, out_dir))
         child.start()
         child.join()
         assert child.exitcode == -signal.SIGKILL
-        assert len(cells_of(out_dir)) == there + gained, point
-        there += gained
+        there += count if point == "named" else count - 1
+        assert len(cells_of(out_dir)) == there, point
     # What was half written is there, and no cell.
     assert len(list(out_dir.rglob("*.partial"))) == 3
     calls(evaluation)
@@ -203,29 +205,29 @@ def test_a_pool_of_spawned_processes_gives_the_same_table(family: Family, tmp_pa
 
 
 def test_a_worker_that_dies_fails_its_cells_and_the_next_sweep_makes_them(
-    family: Family, tmp_path: Path, processes: Any
+    family: Family, evaluation: Logs, tmp_path: Path, processes: Any
 ) -> None:
     healed = tmp_path / "healed"
-    kills = KillsItsProcess(str(healed))
-    sweep([family.pair()], [Dare(0.5)], [Reads()], [0], tmp_path / "out")
+    asked = ([family.pair()], [Dare(0.5)], [evaluation, KillsItsProcess(str(healed))], [0], tmp_path / "out")
     with ProcessPoolExecutor(2, processes) as pool:
         for _ in range(2):
             # The second time the pool is broken from the start.
-            with pytest.raises(SweepError, match="base → tuned, DARE at drop rate 0.5, seed 1, .*BrokenProcessPool") as caught:
-                sweep([family.pair()], [Dare(0.5)], [Reads(), kills], [0, 1], tmp_path / "out", pool)
-            table = caught.value.table
-            # The cell that was there stays; all others are lost with the pool.
-            assert table["error"].isna().tolist() == [True, False, False, False]
+            message = "base → tuned, DARE at drop rate 0.5, seed 0, kills: BrokenProcessPool"
+            with pytest.raises(SweepError, match=message) as caught:
+                sweep(*asked, pool)
+            # What the worker had finished before it died is kept.
+            assert caught.value.table["error"].isna().tolist() == [True, False]
     healed.touch()
     with ProcessPoolExecutor(2, processes) as pool:
-        table = sweep([family.pair()], [Dare(0.5)], [Reads(), kills], [0, 1], tmp_path / "out", pool)
+        table = sweep(*asked, pool)
     assert table["error"].isna().all()
     assert table["value"].notna().all()
+    assert calls(evaluation) == 1
 
 
-def test_an_error_here_does_not_take_the_place_of_a_cell_finished_there(family: Family, tmp_path: Path) -> None:
+def test_a_cell_that_fails_here_and_was_finished_elsewhere_is_kept(family: Family, tmp_path: Path) -> None:
     cause = tmp_path / "cause"
-    fails = Fails(str(cause))
+    asked = ([family.pair()], [Dare(0.5)], [Fails(str(cause))], [0], tmp_path / "out")
     cause.touch()
 
     class MeanwhileElsewhere(ThreadPoolExecutor):
@@ -233,10 +235,10 @@ def test_an_error_here_does_not_take_the_place_of_a_cell_finished_there(family: 
             future = super().submit(fn, *args, **kwargs)
             future.exception()
             cause.unlink()
-            sweep([family.pair()], [Dare(0.5)], [fails], [0], tmp_path / "out")
+            sweep(*asked)
             cause.touch()
             return future
 
-    with MeanwhileElsewhere(1) as pool, pytest.raises(SweepError):
-        sweep([family.pair()], [Dare(0.5)], [fails], [0], tmp_path / "out", pool)
-    assert sweep([family.pair()], [Dare(0.5)], [fails], [0], tmp_path / "out")["error"].isna().all()
+    with MeanwhileElsewhere(1) as pool:
+        assert sweep(*asked, pool)["error"].isna().all()
+    assert sweep(*asked)["error"].isna().all()

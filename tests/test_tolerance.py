@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -16,9 +18,10 @@ from scipy.special import expit, ndtri
 from scipy.special import logit as scipy_logit
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from delta_analysis.editable import Edit, Pair
 from delta_analysis.intervals import MEAN, PERPLEXITY, Interval, Metric
-from delta_analysis.pruning import Dare
-from delta_analysis.sweep import Pair, sweep
+from delta_analysis.pruning import Dare, Magnitude, Pruner
+from delta_analysis.sweep import Evaluations, SweepError, sweep
 from delta_analysis.tolerance import (
     KEPT_SHARE,
     RESOLUTION,
@@ -28,11 +31,12 @@ from delta_analysis.tolerance import (
     logit,
     measure_tolerance,
     next_rate,
+    tolerance_difference,
     tolerated_interval,
 )
 from delta_analysis.zoo.tokenizer import character_tokenizer
+from tests.tiny_family import EMBED, Fails, Judge, without_seconds
 
-EMBED = "model.embed_tokens.weight"
 Outcomes = dict[float, np.ndarray]
 
 
@@ -284,3 +288,245 @@ def test_interval_holds_the_true_crossing_at_about_the_nominal_rate(
     assert 0.88 < covered / 200 < 0.99
 
 
+@dataclass(frozen=True)
+class KeepsUntil(Judge):
+    """Right while at most the share `threshold` of the embeddings is zero; the base's are all zero.
+
+    Each call appends a line to a file, if one is named.
+    """
+
+    threshold: float
+    log: str = ""
+    metrics: tuple[str, ...] = ("accuracy",)
+    name: str = "keeps"
+
+    def __call__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, np.ndarray]:
+        if self.log:
+            with Path(self.log).open("a") as file:
+                file.write("called\n")
+        return {metric: np.full(12, float(share_of_zeros(model) <= self.threshold)) for metric in self.metrics}
+
+
+@dataclass(frozen=True)
+class LossOfZeros(Judge):
+    """A loss of 1 and the share of zeros."""
+
+    name: str = "loss"
+
+    def __call__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, np.ndarray]:
+        return {"perplexity": np.full(5, 1 + share_of_zeros(model))}
+
+
+@dataclass(frozen=True)
+class Largest(Judge):
+    """The largest embedding: 0.5 in the fine-tune, 0.5 times the factor in what is edited."""
+
+    name: str = "largest"
+
+    def __call__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, np.ndarray]:
+        return {"accuracy": np.full(3, model.get_parameter(EMBED).max().item())}
+
+
+def share_of_zeros(model: PreTrainedModel) -> float:
+    return float((model.get_parameter(EMBED) == 0).double().mean())
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=97,
+            hidden_size=64,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=32,
+            tie_word_embeddings=True,
+        )
+    )
+    folder = tmp_path_factory.mktemp("pair")
+    for name, embedding in (("tuned", 0.5), ("base", 0.0)):
+        torch.nn.init.constant_(model.get_parameter(EMBED), embedding)
+        model.save_pretrained(folder / name)
+        character_tokenizer().save_pretrained(folder / name)
+    return str(folder / "base"), str(folder / "tuned")
+
+
+@pytest.fixture
+def pair(sources: tuple[str, str]) -> Pair:
+    return Pair("one", *sources)
+
+
+SEEDS = [0, 1, 2]
+GRID = [0.1, 0.5, 0.9]
+
+
+def test_tolerance_of_pairs_with_known_thresholds(sources: tuple[str, str], tmp_path: Path) -> None:
+    thresholds = {"weak": 0.05, "middling": 0.6, "strong": 0.985}
+    pairs = [Pair(name, *sources) for name in thresholds]
+    evaluations = {name: [KeepsUntil(threshold)] for name, threshold in thresholds.items()}
+    tolerances, cells = measure_tolerance(pairs, Dare(0.5), evaluations, SEEDS, tmp_path, drop_rates=GRID)
+    assert list(tolerances.columns) == [
+        "pair", "method", "scope", "tolerated", "low", "high", "untouched", "kept_at_1",
+    ]  # fmt: skip
+    assert tolerances["pair"].tolist() == list(thresholds)
+    assert tolerances[["method", "scope", "untouched"]].drop_duplicates().to_numpy().tolist() == [["DARE", "all", 1.0]]
+    for row in tolerances.itertuples():
+        # The share of zeros that a mask makes of 6208 entries is itself off by up to 0.1 on the scale.
+        assert logit(row.tolerated) == pytest.approx(logit(thresholds[row.pair]), abs=RESOLUTION + 0.1)
+        assert row.low <= row.tolerated <= row.high
+    assert cells.index.tolist() == list(range(len(cells)))
+    for (_, rate), group in cells.groupby(["pair", "drop_rate"]):
+        assert group["seed"].tolist() == (SEEDS if rate else SEEDS[:1])
+    # Each pair by itself gives the same, and asks for nothing new.
+    for i, one in enumerate(pairs):
+        alone, own = measure_tolerance([one], Dare(0.5), evaluations, SEEDS, tmp_path, drop_rates=GRID)
+        pd.testing.assert_frame_equal(alone, tolerances.iloc[[i]].reset_index(drop=True))
+        pd.testing.assert_frame_equal(own, cells[cells["pair"] == one.name].reset_index(drop=True))
+
+
+def test_cells_are_those_that_a_sweep_gives(pair: Pair, tmp_path: Path) -> None:
+    evaluations = [KeepsUntil(0.7)]
+    _, cells = measure_tolerance([pair], Dare(0.5, "none"), evaluations, SEEDS, tmp_path / "one")
+    edits = [Dare(rate, "none") for rate in dict.fromkeys(cells["drop_rate"])]
+    again = sweep([pair], edits, evaluations, SEEDS, tmp_path / "other")
+    pd.testing.assert_frame_equal(without_seconds(cells), without_seconds(again))
+
+
+def test_a_second_measurement_runs_nothing(pair: Pair, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    evaluations = [KeepsUntil(0.7, str(log))]
+    sweep([pair], [Dare(rate) for rate in (0.0, *GRID)], evaluations, SEEDS, tmp_path)
+    swept = len(log.read_text().split())
+    assert swept == 1 + 3 * len(SEEDS)
+    first, cells = measure_tolerance([pair], Dare(0.2), evaluations, SEEDS, tmp_path, drop_rates=GRID)
+    called = len(log.read_text().split())
+    # What the sweep has is not judged again: only drop rates between 0.5 and 0.9.
+    assert called == len(cells)
+    assert cells["drop_rate"].between(0.5, 0.9).sum() == called - 1 - len(SEEDS)
+    second, same = measure_tolerance([pair], Dare(0.3), evaluations, SEEDS, tmp_path, drop_rates=GRID)
+    assert len(log.read_text().split()) == called
+    pd.testing.assert_frame_equal(first, second)
+    pd.testing.assert_frame_equal(cells, same)
+
+
+@pytest.mark.parametrize("start", [[], [0], [0.0005, 0.9999], [0.5, 0.5, 0.1], [0.69, 0.71], [1.0, 0.0]], ids=str)
+def test_any_drop_rates_may_come_first(pair: Pair, tmp_path: Path, start: list[float]) -> None:
+    tolerances, cells = measure_tolerance([pair], Dare(0.5), [KeepsUntil(0.7)], SEEDS, tmp_path, drop_rates=start)
+    assert logit(tolerances["tolerated"][0]) == pytest.approx(logit(0.7), abs=RESOLUTION + 0.1)
+    assert {0.0, *start} <= set(cells["drop_rate"])
+    assert not cells.duplicated(["drop_rate", "seed"]).any()
+    assert tolerances["kept_at_1"].to_numpy() == pytest.approx([0.0 if 1 in start else math.nan], nan_ok=True)
+
+
+def test_only_the_scope_is_dropped(pair: Pair, tmp_path: Path) -> None:
+    found = {
+        scope: measure_tolerance([pair], Edit(Dare(0.5), scope), [KeepsUntil(0.6)], SEEDS, tmp_path, drop_rates=[1.0])
+        for scope in ("embeddings", "mlp,norms")
+    }
+    rows = {scope: tolerances.loc[0] for scope, (tolerances, _) in found.items()}
+    assert logit(rows["embeddings"]["tolerated"]) == pytest.approx(logit(0.6), abs=RESOLUTION + 0.1)
+    assert rows["embeddings"]["kept_at_1"] == 0
+    # Embeddings stay whole, so that all else may go.
+    assert rows["mlp,norms"]["tolerated"] == pytest.approx(0.999)
+    assert rows["mlp,norms"]["kept_at_1"] == 1
+    for scope, (tolerances, cells) in found.items():
+        assert tolerances["scope"].tolist() == [scope]
+        assert set(cells["scope"]) == {scope}
+
+
+def test_a_method_without_chance_has_one_seed(pair: Pair, tmp_path: Path) -> None:
+    tolerances, cells = measure_tolerance([pair], Magnitude(0.5), [KeepsUntil(0.7)], SEEDS, tmp_path)
+    assert set(cells["seed"]) == {0}
+    assert tolerances["method"].tolist() == ["MP"]
+    assert logit(tolerances["tolerated"][0]) == pytest.approx(logit(0.7), abs=RESOLUTION)
+
+
+@pytest.mark.parametrize("pruner", [Dare(0.5, 4.0), Magnitude(0.5, rescale=4.0)], ids=repr)
+def test_the_untouched_model_is_untouched_whatever_the_factor(pair: Pair, tmp_path: Path, pruner: Pruner) -> None:
+    tolerances, cells = measure_tolerance([pair], pruner, [Largest()], SEEDS, tmp_path, drop_rates=[0.5])
+    assert tolerances["untouched"].tolist() == [0.5]
+    assert tolerances["method"].tolist() == [pruner.method]
+    assert set(cells.loc[cells["drop_rate"] > 0, "value"]) == {2.0}
+
+
+def test_perplexity_is_measured_too(pair: Pair, tmp_path: Path) -> None:
+    tolerances, cells = measure_tolerance([pair], Dare(0.5, "none"), [LossOfZeros()], SEEDS, tmp_path)
+    # The loss is 1 + the share of zeros, and exp(-share) = 0.95 at 0.0513.
+    assert logit(tolerances["tolerated"][0]) == pytest.approx(logit(-math.log(0.95)), abs=0.1)
+    assert tolerances["untouched"][0] == pytest.approx(math.e)
+    assert set(cells["metric"]) == {"perplexity"}
+
+
+def test_executors_give_the_same(pair: Pair, tmp_path: Path) -> None:
+    expected = measure_tolerance([pair], Dare(0.5), [KeepsUntil(0.7)], SEEDS, tmp_path / "one")
+    with ThreadPoolExecutor(2) as pool:
+        found = measure_tolerance([pair], Dare(0.5), [KeepsUntil(0.7)], SEEDS, tmp_path / "other", pool)
+        # It stays open for the next call.
+        assert pool.submit(int).result() == 0
+    pd.testing.assert_frame_equal(found[0], expected[0])
+    pd.testing.assert_frame_equal(without_seconds(found[1]), without_seconds(expected[1]))
+
+
+@pytest.mark.parametrize(
+    ("evaluations", "message"),
+    [
+        ([KeepsUntil(0.7), LossOfZeros()], "'one' follows from one, not 2"),
+        ({"two": [KeepsUntil(0.7)]}, "none is given for pair 'one'"),
+        ([KeepsUntil(0.7, metrics=("accuracy", "kl"))], "one metric; this evaluation gives accuracy, kl"),
+        ([KeepsUntil(-1.0)], "answers something; this one is always wrong"),
+    ],
+    ids=["two evaluations", "none of its own", "two metrics", "always wrong"],
+)
+def test_what_no_tolerance_follows_from(pair: Pair, tmp_path: Path, evaluations: Evaluations, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        measure_tolerance([pair], Dare(0.5), evaluations, SEEDS, tmp_path)
+
+
+def test_cells_that_fail_are_an_error(pair: Pair, tmp_path: Path) -> None:
+    cause = tmp_path / "cause"
+    cause.touch()
+    with pytest.raises(SweepError, match="the cause is there"):
+        measure_tolerance([pair], Dare(0.5), [Fails(str(cause))], SEEDS, tmp_path)
+    cause.unlink()
+    tolerances, _ = measure_tolerance([pair], Dare(0.5), [Fails(str(cause))], SEEDS, tmp_path)
+    assert tolerances["tolerated"].to_numpy() == pytest.approx([0.999])
+
+
+def row(value: float, low: float, high: float) -> pd.Series:
+    return pd.Series({"tolerated": inverse_logit(value), "low": inverse_logit(low), "high": inverse_logit(high)})
+
+
+def test_difference_of_two_tolerances_by_hand() -> None:
+    # Half widths of 3 and 4 below, of 0.5 and 1.2 above: 5 and 1.3.
+    difference = tolerance_difference(row(2, -1, 2.5), row(0.5, -0.7, 4.5))
+    assert difference == pytest.approx((1.5, 1.5 - math.hypot(3, 4), 1.5 + math.hypot(0.5, 1.2)))
+
+
+ROWS = st.tuples(st.floats(-6, 6), st.floats(0, 1), st.floats(0, 1)).map(lambda t: row(t[0], t[0] - t[1], t[0] + t[2]))
+
+
+@given(ROWS, ROWS)
+def test_difference_turned_round_changes_its_sign(one: pd.Series, other: pd.Series) -> None:
+    value, low, high = tolerance_difference(one, other)
+    assert tolerance_difference(other, one) == pytest.approx((-value, -high, -low), abs=1e-9)
+    # No wider than the sum of the two, no narrower than either.
+    widths = [logit(each["high"]) - logit(each["low"]) for each in (one, other)]
+    assert max(widths) - 1e-9 <= high - low + 1e-9
+    assert high - low <= sum(widths) + 1e-9
+
+
+def test_difference_of_points_is_a_point() -> None:
+    assert tolerance_difference(row(1, 1, 1), row(-2, -2, -2)) == pytest.approx((3, 3, 3))
+    assert isinstance(tolerance_difference(row(1, 1, 1), row(1, 1, 1)), Interval)
+
+
+def test_difference_covers_that_of_two_normal_measurements() -> None:
+    """Estimates of 1 and -0.5 with standard errors of 0.3 and 0.5; 2000 repetitions, standard error 0.005."""
+    estimates = np.random.default_rng(0).normal([1, -0.5], [0.3, 0.5], size=(2000, 2))
+    covered = 0
+    for a, b in estimates:
+        found = tolerance_difference(row(a, a - 0.588, a + 0.588), row(b, b - 0.98, b + 0.98))
+        covered += found.low <= 1.5 <= found.high
+    assert covered / 2000 == pytest.approx(0.95, abs=0.02)

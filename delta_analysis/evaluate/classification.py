@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from delta_analysis.evaluate.protocol import Evaluation, Outcomes
-from delta_analysis.evaluate.texts import Batch, Held, Prepared, token_batches
+from delta_analysis.evaluate.texts import Batch, Held, by_batch, token_batches
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class Classification:
                 )
         labels = torch.tensor([example.label for example in self.examples], device=untouched.device)
         batches = token_batches(self.texts, untouched, tokenizer, most_texts=self.batch_size)
-        return Prepared(self, tuple((batch, (labels[batch.places],)) for batch in batches), _judge)
+        return by_batch(self, tuple((batch, (labels[batch.places],)) for batch in batches), _judge)
 
     def __call__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Outcomes:
         return self.prepared(model, tokenizer)(model, tokenizer)

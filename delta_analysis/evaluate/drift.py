@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from delta_analysis.evaluate.protocol import Evaluation, Outcomes
-from delta_analysis.evaluate.texts import Batch, Held, Prepared, check_texts, text_means, token_batches
+from delta_analysis.evaluate.texts import Batch, Held, by_batch, check_texts, text_means, token_batches
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class OutputDrift:
             }
 
         batches = token_batches(self.texts, untouched, tokenizer, most_tokens=self.most_tokens)
-        return Prepared(self, tuple((batch, kept(batch)) for batch in batches), judge)
+        return by_batch(self, tuple((batch, kept(batch)) for batch in batches), judge)
 
     def __call__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Outcomes:
         raise ValueError(f"{self.name} compares with the untouched model: call .prepared(untouched, tokenizer) first")

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from delta_analysis.evaluate.protocol import Evaluation, Outcomes
-from delta_analysis.evaluate.texts import Batch, Held, Prepared, check_texts, text_means, token_batches
+from delta_analysis.evaluate.texts import Batch, Held, by_batch, check_texts, text_means, token_batches
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class HiddenSimilarity:
     def prepared(self, untouched: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Evaluation:
         """Ready to be called, with the hidden states of the untouched model."""
         batches = token_batches(self.texts, untouched, tokenizer, most_tokens=self.most_tokens)
-        return Prepared(self, tuple((batch, tuple(_directions(untouched, batch))) for batch in batches), _judge)
+        return by_batch(self, tuple((batch, tuple(_directions(untouched, batch))) for batch in batches), _judge)
 
     def __call__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Outcomes:
         raise ValueError(f"{self.name} compares with the untouched model: call .prepared(untouched, tokenizer) first")

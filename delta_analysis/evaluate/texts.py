@@ -1,9 +1,9 @@
-"""Texts as batches of tokens, and an evaluation made ready to judge many models on them."""
+"""Texts as batches of tokens, and evaluations that judge models batch by batch."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from delta_analysis.evaluate.prepared import Prepared
 from delta_analysis.evaluate.protocol import Evaluation, Outcomes
 
 TOKENS_A_BATCH = 2048
@@ -97,43 +98,22 @@ def text_means(values: torch.Tensor, lengths: list[int]) -> torch.Tensor:
     return torch.stack([part.mean(-1) for part in values.double().split(lengths, dim=-1)], dim=-1)
 
 
-@dataclass(frozen=True, eq=False)
-class Prepared:
-    """An evaluation whose texts are tokens, with what it keeps of each batch.
-
-    Attributes
-    ----------
-    evaluation : the evaluation as it was.
-    batches : each with what is kept of it.
-    judge : gives a metric's outcomes of the texts of a batch, from a model, the batch and what is kept of it.
-    """
-
-    evaluation: Evaluation
-    batches: tuple[tuple[Batch, Held], ...]
-    judge: Callable[[PreTrainedModel, Batch, Held], dict[str, torch.Tensor]]
-
-    @property
-    def name(self) -> str:
-        return self.evaluation.name
-
-    @property
-    def protocol(self) -> str:
-        return self.evaluation.protocol
-
-    @property
-    def texts(self) -> tuple[str, ...]:
-        return self.evaluation.texts
-
-    def prepared(self, untouched: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Evaluation:
-        return self.evaluation.prepared(untouched, tokenizer)
+def by_batch(
+    evaluation: Evaluation,
+    batches: Sequence[tuple[Batch, Held]],
+    judge: Callable[[PreTrainedModel, Batch, Held], dict[str, torch.Tensor]],
+) -> Prepared:
+    """The evaluation made ready: `judge` gives each metric's outcomes of a batch, from what is kept of it."""
 
     @torch.inference_mode()
-    def __call__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Outcomes:
-        outcomes: Outcomes = {}
-        for batch, held in self.batches:
-            for metric, values in self.judge(model, batch, held).items():
-                outcomes.setdefault(metric, np.empty(len(self.texts)))[batch.places] = values.cpu().numpy()
-        return outcomes
+    def outcomes(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Outcomes:
+        found: Outcomes = {}
+        for batch, held in batches:
+            for metric, values in judge(model, batch, held).items():
+                found.setdefault(metric, np.empty(len(evaluation.texts)))[batch.places] = values.cpu().numpy()
+        return found
+
+    return Prepared(evaluation, outcomes)
 
 
 def check_texts(texts: tuple[str, ...], most_tokens: int) -> None:

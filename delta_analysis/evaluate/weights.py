@@ -12,7 +12,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from delta_analysis.delta import load_delta
-from delta_analysis.evaluate.protocol import Outcomes
+from delta_analysis.evaluate.prepared import Prepared
+from delta_analysis.evaluate.protocol import Evaluation, Outcomes
 from delta_analysis.patching import parameters_of
 
 LONGEST_TEXT = 256
@@ -50,7 +51,7 @@ class WeightDamage:
             f"{len(self.texts)} texts."
         )
 
-    def prepared(self, untouched: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> _AgainstUntouched:
+    def prepared(self, untouched: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Evaluation:
         """The evaluation with the delta and the layers' inputs at hand.
 
         Raises
@@ -74,54 +75,29 @@ class WeightDamage:
             for text in texts:
                 untouched(input_ids=torch.tensor([text], device=untouched.device), use_cache=False)
         weights = {name: _weight(untouched, name, tensor) for name, tensor in delta.items()}
-        return _AgainstUntouched(self, delta, weights, {name: torch.cat(rows) for name, rows in inputs.items()})
+        energy = sum(map(_energy, delta.values())) or 1.0
+        positions = {name: torch.cat(rows) for name, rows in inputs.items()}
+
+        def judge(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Outcomes:
+            wrong, layers = 0.0, []
+            for name, tensor in delta.items():
+                error = _weight(model, name, tensor) - weights[name]
+                wrong += _energy(error)
+                if name in positions:
+                    layers.append(_layer_error(tensor, error, positions[name]))
+            of_layers, kept = np.median(layers, axis=0)
+            found = {"parameter_error": wrong / energy, "layer_error": of_layers, "signal_kept": kept}
+            return {metric: np.array([value]) for metric, value in found.items()}
+
+        return Prepared(self, judge)
 
     def __call__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Outcomes:
         """Needs the untouched model first."""
         raise ValueError("WeightDamage compares with the untouched model; call .prepared(untouched, tokenizer) first")
 
 
-@dataclass(frozen=True, eq=False)
-class _AgainstUntouched:
-    """`WeightDamage` with the delta and the untouched weights; `inputs[layer]` is (positions, in)."""
-
-    plan: WeightDamage
-    delta: dict[str, torch.Tensor]
-    untouched: dict[str, torch.Tensor]
-    inputs: dict[str, torch.Tensor]
-
-    @property
-    def name(self) -> str:
-        return self.plan.name
-
-    @property
-    def protocol(self) -> str:
-        return self.plan.protocol
-
-    @property
-    def texts(self) -> tuple[str, ...]:
-        return self.plan.texts
-
-    def prepared(self, untouched: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> _AgainstUntouched:
-        return self.plan.prepared(untouched, tokenizer)
-
-    def __call__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Outcomes:
-        wrong, energy = 0.0, 0.0
-        layers = []
-        for name, delta in self.delta.items():
-            error = _weight(model, name, delta) - self.untouched[name]
-            wrong, energy = wrong + _energy(error), energy + _energy(delta)
-            if name in self.inputs:
-                layers.append(_layer_error(delta, error, self.inputs[name]))
-        of_layers, kept = np.median(layers, axis=0)
-        found = {"parameter_error": wrong / (energy or 1.0), "layer_error": of_layers, "signal_kept": kept}
-        return {metric: np.array([value]) for metric, value in found.items()}
-
-
 @contextmanager
-def _recorded(
-    layers: dict[str, torch.nn.Linear], inputs: dict[str, list[torch.Tensor]], stride: int
-) -> Iterator[None]:
+def _recorded(layers: dict[str, torch.nn.Linear], inputs: dict[str, list[torch.Tensor]], stride: int) -> Iterator[None]:
     """While it lasts, one in `stride` inputs of every layer is appended under its weight's name, (tokens, in)."""
 
     def record(name: str, module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:

@@ -80,23 +80,25 @@ def _tune_head(name: str, parent: str, task: str, steps: int, seed: int) -> Stag
     return Stage(name, parent, task, steps, 2e-4, 64, 20, 0.0, seed)
 
 
-def _decoder(size: str, hidden_size: int, base_steps: int, cpt_steps: int, trail: int = 0) -> Recipe:
+def _decoder(
+    size: str, hidden_size: int, base_steps: int, cpt_steps: int, tune_steps: int = 400, trail: int = 0
+) -> Recipe:
     """The five decoders of a size; sizes differ in width and in how long they read, in nothing else."""
     return Recipe(
         size,
         Shape(hidden_size, 3 * hidden_size, num_hidden_layers=4, num_attention_heads=4),
         (
             _pretrain("base", None, "base", base_steps, seed=1),
-            _tune("instruct", "base", "instruct", 400, seed=2),
-            _tune("math", "base", "math", 400, seed=3),
+            _tune("instruct", "base", "instruct", tune_steps, seed=2),
+            _tune("math", "base", "math", tune_steps, seed=3),
             _pretrain("code-cpt", "base", "python", cpt_steps, seed=4, trail=trail),
-            _tune("code", "code-cpt", "code", 400, seed=5),
+            _tune("code", "code-cpt", "code", tune_steps, seed=5),
         ),
     )
 
 
 RECIPES = {
-    "tiny": _decoder("tiny", 64, base_steps=9_000, cpt_steps=3_000),
+    "tiny": _decoder("tiny", 64, base_steps=9_000, cpt_steps=3_000, tune_steps=1_200),
     "small": _decoder("small", 128, base_steps=12_000, cpt_steps=4_000, trail=6),
     "medium": _decoder("medium", 240, base_steps=4_500, cpt_steps=1_500),
     "encoder": Recipe(

@@ -13,17 +13,22 @@ import pandas as pd
 import papermill
 import pytest
 
-from delta_analysis.parameters import AblationParameters, ValueRangesParameters
+from delta_analysis.delta import load_delta
+from delta_analysis.parameters import AblationParameters, ModelSizeParameters, ValueRangesParameters
 from delta_analysis.paths import find_root
 
 FOLDER = find_root() / "notebooks"
 PARAMETERS: dict[str, type] = {
     "01_value_ranges": ValueRangesParameters,
     "02_dare_ablation": AblationParameters,
+    "03_rescale_vs_drop_only": AblationParameters,
     "04_pruning_methods": AblationParameters,
+    "06_finetuned_vs_delta": AblationParameters,
+    "07_model_size": ModelSizeParameters,
 }
 NOTEBOOKS = sorted(path.stem for path in FOLDER.glob("[0-9]*.ipynb"))
 PAIR = {"base": "zoo:small/base", "finetuned": "zoo:small/math"}
+FEW: dict[str, Any] = {"first_seed": 3, "n_seeds": 2, "n_questions": 20}
 
 pytestmark = [
     # Notebook clients of the current releases leave sockets and event loops to the garbage collector.
@@ -93,9 +98,14 @@ def _run(name: str, tmp_path: Path, **parameters: Any) -> nbformat.NotebookNode:
     )
 
 
+def _results(name: str, tmp_path: Path, **parameters: Any) -> pd.DataFrame:
+    """The results of a notebook that has run."""
+    _run(name, tmp_path, **parameters)
+    return pd.read_parquet(tmp_path / "results" / "results.parquet")
+
+
 def test_value_ranges_of_another_pair(tmp_path: Path) -> None:
-    _run("01_value_ranges", tmp_path, **PAIR)
-    results = pd.read_parquet(tmp_path / "results" / "results.parquet")
+    results = _results("01_value_ranges", tmp_path, **PAIR)
     assert set(results["pair"]) == {"base → math"}
     assert (results["table"] == "tensor").sum() == 38
     run = json.loads((tmp_path / "results" / "run.json").read_text())
@@ -103,31 +113,90 @@ def test_value_ranges_of_another_pair(tmp_path: Path) -> None:
 
 
 def test_dare_ablation_of_another_pair(tmp_path: Path) -> None:
-    _run("02_dare_ablation", tmp_path, **PAIR, drop_rates="0.5,0.9", first_seed=3, n_seeds=2, n_questions=20)
-    results = pd.read_parquet(tmp_path / "results" / "results.parquet")
+    results = _results("02_dare_ablation", tmp_path, **PAIR, **FEW, drop_rates="0.5,0.9")
+    assert set(results["pair"]) == {"base → math"}
     assert {0.0, 0.5, 0.9, 1.0} <= set(results["drop_rate"])
     assert set(results["seed"]) == {3, 4}
     assert results["outcomes"].map(len).eq(20).all()
+    run = json.loads((tmp_path / "results" / "run.json").read_text())
+    assert list(run["files"]) == ["math.jsonl"]
+    assert set(run["checkpoints"]) == set(PAIR.values())
 
 
 def test_dare_ablation_by_perplexity_of_a_text(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("23 plus 45 is 68\nuser: what is 1 plus 2?\nbot: 3\n" * 4)
-    _run("02_dare_ablation", tmp_path, **PAIR, drop_rates=0.9, n_seeds=2, evaluation=str(text))
-    results = pd.read_parquet(tmp_path / "results" / "results.parquet")
+    results = _results("02_dare_ablation", tmp_path, **PAIR, drop_rates=0.9, n_seeds=2, evaluation=str(text))
     assert set(results["metric"]) == {"perplexity"}
     assert (results["value"] > 1).all()
+
+
+def test_dare_ablation_of_the_attention_of_a_classifier(tmp_path: Path) -> None:
+    encoder = {"base": "zoo:encoder/base", "finetuned": "zoo:encoder/strings", "evaluation": "strings-right"}
+    results = _results("02_dare_ablation", tmp_path, **encoder, **FEW, drop_rates="0.9", scope="attention")
+    assert set(results["pair"]) == {"base → strings"}
+    assert set(results["scope"]) == {"attention"}
+    assert set(results["evaluation"]) == {"strings-right"}
+    delta = load_delta(base=encoder["base"], finetuned=encoder["finetuned"])
+    kept = [
+        tensor.count_nonzero().item() for name, tensor in delta.items() if ".attention." in name and "Norm" not in name
+    ]
+    pruned = results[results["drop_rate"] == 0.9]
+    # Six sigmas of a binomial share.
+    assert (pruned["achieved_drop_rate"] - 0.9).abs().max() < 6 * (0.9 * 0.1 / sum(kept)) ** 0.5
+    whole = results[results["drop_rate"] == 1]
+    assert whole["achieved_drop_rate"].eq(1).all()
+
+
+def test_rescaling_of_another_pair(tmp_path: Path) -> None:
+    results = _results("03_rescale_vs_drop_only", tmp_path, **PAIR, **FEW, drop_rates="0.5,0.9")
+    ladder, factors = (results[results["table"] == table] for table in ("ladder", "factors"))
+    assert set(ladder["method"]) == {"DARE", "drop only"}
+    assert {f"similarity/{layer}" for layer in range(5)} | {"accuracy", "kl", "top5_logit_mse"} == set(ladder["metric"])
+    untouched = ladder[ladder["drop_rate"] == 0].set_index("metric")["value"]
+    assert untouched.filter(like="similarity").to_numpy() == pytest.approx(1)
+    assert untouched["kl"] == pytest.approx(0, abs=1e-6)
+    # Judged on all questions, compared on those of the half that may choose a factor.
+    assert ladder.groupby("metric")["outcomes"].agg(lambda column: set(map(len, column))).to_dict() == {
+        metric: {20 if metric == "accuracy" else 10} for metric in set(ladder["metric"])
+    }
+    assert factors[factors["drop_rate"] > 0].groupby("drop_rate")["rescale"].nunique().to_dict() == {0.5: 6, 0.9: 6}
 
 
 def test_pruning_methods_of_another_pair_by_perplexity(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("23 plus 45 is 68\n\nuser: what is 1 plus 2?\nbot: 3\n\n" * 4)
-    _run("04_pruning_methods", tmp_path, **PAIR, drop_rates="0.9", n_seeds=2, evaluation=str(text))
-    results = pd.read_parquet(tmp_path / "results" / "results.parquet")
+    results = _results("04_pruning_methods", tmp_path, **PAIR, drop_rates="0.9", n_seeds=2, evaluation=str(text))
     assert set(results["pair"]) == {"base → math"}
     assert set(results["table"]) == {"cells", "windows", "damage"}
     assert {"DARE", "drop only", "MP", "MP + rescale", "MAGPRUNE", "MAGPRUNE by value"} <= set(results["method"])
     assert set(results["metric"].dropna()) == {"perplexity"}
+
+
+def test_weights_and_delta_of_another_model(tmp_path: Path) -> None:
+    results = _results("06_finetuned_vs_delta", tmp_path, **PAIR, **FEW, drop_rates="0.1,0.5")
+    assert set(results["dropped from"]) == {"delta", "weights"}
+    assert set(results["method"]) == {"DARE", "MP"}
+    untouched = results[results["drop_rate"] == 0]
+    assert len({tuple(outcomes) for outcomes in untouched["outcomes"]}) == 1
+    nothing_left = results[(results["drop_rate"] == 1) & (results["dropped from"] == "weights")]
+    assert len(nothing_left)
+    assert nothing_left["value"].eq(0).all()
+    assert set(results.loc[results["dropped from"] == "weights", "base_hash"]) == {""}
+
+
+def test_sizes_of_two_pairs(tmp_path: Path) -> None:
+    pairs = {"base": "zoo:small/base,zoo:small/code-cpt", "finetuned": "zoo:small/math,zoo:small/code"}
+    results = _results("07_model_size", tmp_path, **pairs, **FEW, drop_rates=0.5)
+    tolerances, cells = (results[results["table"] == table] for table in ("tolerances", "cells"))
+    names = ["small, base → math", "small, code-cpt → code"]
+    assert tolerances["pair"].tolist() == names
+    assert set(cells["pair"]) == set(names)
+    assert tolerances["tolerated"].between(tolerances["low"], tolerances["high"]).all()
+    assert tolerances["tolerated"].between(0.001, 0.999).all()
+    delta = load_delta(base="zoo:small/base", finetuned="zoo:small/math")
+    assert set(tolerances["parameters"]) == {sum(tensor.numel() for tensor in delta.values())}
+    assert cells["outcomes"].map(len).eq(20).all()
 
 
 @pytest.mark.parametrize(
@@ -135,7 +204,10 @@ def test_pruning_methods_of_another_pair_by_perplexity(tmp_path: Path) -> None:
     [
         ("01_value_ranges", {"base": "zoo:small/bas", "finetuned": "zoo:small/math"}, "parameter base: .*known are"),
         ("02_dare_ablation", {"n_seeds": "many"}, "parameter n_seeds: must be an integer"),
-        ("02_dare_ablation", {"drop_rates": "0.5,2"}, "parameter drop_rates: must be numbers in"),
+        ("03_rescale_vs_drop_only", {"scope": "attn"}, "parameter scope: base → instruct: scope 'attn' selects none"),
+        ("04_pruning_methods", {"drop_rates": "0.5,2"}, "parameter drop_rates: must be numbers in"),
+        ("06_finetuned_vs_delta", {**PAIR, "evaluation": "maths"}, "parameter evaluation: must be one of instruct"),
+        ("07_model_size", {**PAIR, "base": "a,b"}, "parameter base: names 2 checkpoints and finetuned 1; give as many"),
     ],
 )
 def test_wrong_parameters_stop_in_the_validation_cell(
@@ -144,7 +216,7 @@ def test_wrong_parameters_stop_in_the_validation_cell(
     with pytest.raises(papermill.PapermillExecutionError, match=message) as stopped:
         _run(name, tmp_path, **parameters)
     cells = [cell for cell in _read(name).cells if cell.cell_type == "code"]
-    assert "validate" in cells[1].id
+    assert f"parameters = {PARAMETERS[name].__name__}(" in cells[1].source
     # The injected parameters are one more cell before it.
     assert stopped.value.exec_count == 3
 
