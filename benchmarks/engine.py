@@ -62,7 +62,7 @@ def report(*, quick: bool) -> tuple[str, ...]:
         started = time.perf_counter()
         da.sweep([r.pair for r in relations], edits, evaluations, seeds, folder)
         again = time.perf_counter() - started
-    work = spent.pop("all of the work") + spent["writing cells"]
+    work = spent.pop("all of the work")
     other = work - sum(spent.values())
     shares = {**spent, "pruning, editing, restoring; tokens and answers": other}
     rest = 1 - shares["the model's forward pass"] / work

@@ -40,6 +40,8 @@ SCHEMA = pa.schema(
 def content(value: object) -> object:
     """What a pruner or an evaluation consists of, as JSON: its class and its fields, whatever their depth.
 
+    Fields that change speed alone are left out.
+
     Raises
     ------
     TypeError
@@ -57,7 +59,8 @@ def content(value: object) -> object:
         return [content(each) for each in value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type) and isinstance(value, Hashable):
         kind = type(value)
-        fields = {each.name: content(getattr(value, each.name)) for each in dataclasses.fields(value)}
+        counted = [each.name for each in dataclasses.fields(value) if not each.metadata.get("speed")]
+        fields = {name: content(getattr(value, name)) for name in counted}
         return {"class": f"{kind.__module__}.{kind.__qualname__}", **fields}
     raise TypeError(
         f"{value!r} cannot be part of a cell's key; "

@@ -7,7 +7,7 @@ import pandas as pd
 from scipy import stats
 
 from delta_analysis.curve import outcome_matrix
-from delta_analysis.intervals import CONFIDENCE, Interval, metric_named, two_way_resamples
+from delta_analysis.intervals import CONFIDENCE, Interval, metric_named, resampled_means, two_way_resamples
 
 UPPER = (1 + CONFIDENCE) / 2
 NORMAL = float(stats.norm.ppf(UPPER))
@@ -29,13 +29,14 @@ def lead(cells: pd.DataFrame, method: str, other: str) -> Interval:
     metric = metric_named(cells["metric"].iloc[0])
     one, two = outcomes[method], outcomes[other]
 
-    def kept_more(items: np.ndarray) -> np.ndarray:
-        """The lead for weights of items, (samples, items)."""
-        means = [(items @ each.mean(axis=0)) / items.sum(axis=1) for each in (one, two, untouched)]
+    def kept_more(means: list[np.ndarray]) -> np.ndarray:
+        """The lead, from the means of one, of the other and of the untouched model."""
         return metric.kept_share(means[0], means[2]) - metric.kept_share(means[1], means[2])
 
-    value = float(kept_more(np.ones((1, untouched.shape[1])))[0])
-    by_items = NORMAL * kept_more(two_way_resamples(1, untouched.shape[1], block=metric.block).items).std()
+    over_seeds = [each.mean(axis=0, keepdims=True) for each in (one, two, untouched)]
+    value = float(kept_more([each.mean() for each in over_seeds]))
+    resamples = two_way_resamples(1, untouched.shape[1], block=metric.block)
+    by_items = NORMAL * kept_more([resampled_means(each, resamples) for each in over_seeds]).std()
     by_seed = metric.kept_share(one.mean(axis=1), untouched.mean()) - metric.kept_share(
         two.mean(axis=1), untouched.mean()
     )
@@ -46,6 +47,9 @@ def lead(cells: pd.DataFrame, method: str, other: str) -> Interval:
 
 def _outcomes(cells: pd.DataFrame) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Outcomes of each method at the drop rate that is not 0, and of the untouched model."""
+    names = list(dict.fromkeys(cells["metric"]))
+    if len(names) > 1:
+        raise ValueError(f"methods are compared by one metric; these cells have {', '.join(names)}, give those of one")
     pruned = cells[cells["drop_rate"] > 0]
     by_method = {str(method): outcome_matrix(rows) for method, rows in pruned.groupby("method", sort=False)}
     return by_method, outcome_matrix(cells[cells["drop_rate"] == 0].head(1))

@@ -13,6 +13,12 @@ def outcome_matrix(cells: pd.DataFrame) -> np.ndarray:
     return np.array(cells.sort_values("seed")["outcomes"].tolist(), dtype=np.float64)
 
 
+def first_metric(cells: pd.DataFrame) -> pd.DataFrame:
+    """The rows of one metric of each pair: the first that the first of its evaluations gives."""
+    first = cells.groupby("pair", sort=False)[["evaluation", "metric"]].transform("first")
+    return cells[(cells["evaluation"] == first["evaluation"]) & (cells["metric"] == first["metric"])]
+
+
 def drop_curve(cells: pd.DataFrame) -> pd.DataFrame:
     """The metric against drop rate, with intervals that resample both seeds and items.
 

@@ -101,7 +101,7 @@ def rank_agreement(damage: pd.DataFrame, column: str) -> Interval:
         return ranks([np.abs(1 - each) for each in means] if column == "signal_lost" else means)
 
     sampled = of_column(
-        [resampled_means(each[:, None], resamples._replace(items=np.ones((RESAMPLES, 1)))) for each in values]
+        [resampled_means(each[:, None], resamples._replace(items=np.ones((RESAMPLES, 1)), block=1)) for each in values]
     )
     drifted = ranks([resampled_means(each, resamples) for each in drifts])
     observed = np.corrcoef(

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from delta_analysis.checkpoint import open_checkpoint
 from delta_analysis.delta import Delta, load_delta
 from delta_analysis.evaluate.protocol import Evaluation
 from delta_analysis.loading import CLASSIFIER, load_model, load_tokenizer
@@ -84,17 +85,19 @@ class EditablePair:
     @classmethod
     def load(cls, pair: Pair, device: str = "cpu") -> EditablePair:
         lazy = load_delta(base=pair.base, finetuned=pair.finetuned)
-        # An adapter or a published delta has no model of its own: its base is edited.
         apart = lazy.finetuned.is_difference and lazy.base is not None
         whole = lazy.base if apart and lazy.base is not None else lazy.finetuned
+        tokenizer = load_tokenizer(whole)
         model = load_model(whole, device)
-        classifies = type(model).__name__.endswith(CLASSIFIER)
-        tensors = {name: lazy.read(name) for name in lazy if not (classifies and _in_head(name))}
+        if getattr(model.config, "pad_token_id", None) is None:
+            # A classifier finds the end of a padded text by it.
+            model.config.pad_token_id = tokenizer.pad_token_id
+        tensors = {name: lazy.read(name) for name in editable_shapes(lazy)}
         delta = {name: tensor for name, (tensor, _) in tensors.items()}
         base = {name: torch.zeros_like(delta[name]) if start is None else start for name, (_, start) in tensors.items()}
         _untie_head(model, lazy)
         nonzero = {name: int(torch.count_nonzero(tensor)) for name, tensor in delta.items()}
-        loaded = cls(pair, model, load_tokenizer(whole), base, delta, nonzero)
+        loaded = cls(pair, model, tokenizer, base, delta, nonzero)
         if apart:
             _write(model, ((name, base[name] + delta[name]) for name in delta))
         return loaded
@@ -158,8 +161,18 @@ def _write(model: PreTrainedModel, weights: Iterable[tuple[str, torch.Tensor]]) 
             matching(parameters, name, whole).copy_(whole)
 
 
-def _in_head(name: str) -> bool:
-    return name.startswith(HEADS)
+def edited_source(pair: Pair) -> str:
+    """Where the model that is edited comes from: an adapter or a published delta has none, so its base is."""
+    apart = pair.base is not None and open_checkpoint(pair.finetuned).is_difference
+    return str(pair.base) if apart else pair.finetuned
+
+
+def editable_shapes(delta: Delta) -> dict[str, tuple[int, ...]]:
+    """The tensors that an edit may reach, with their shapes: all of a delta, of a classifier without its head."""
+    architecture = next(iter(delta.finetuned.config.get("architectures") or []), "")
+    shapes = {name: match.finetuned.shape for name, match in delta.compared.items() if match.finetuned is not None}
+    heads = HEADS if architecture.endswith(CLASSIFIER) else ()
+    return {name: tuple(shape) for name, shape in shapes.items() if not (heads and name.startswith(heads))}
 
 
 def _with_other_rows(whole: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor:

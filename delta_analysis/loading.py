@@ -68,6 +68,13 @@ def load_model(checkpoint: Checkpoint, device: str = "cpu") -> PreTrainedModel:
     return model.to(torch.device(device)).eval()
 
 
+def check_device(device: str) -> None:
+    """Raise unless it is `cpu` or a CUDA device that is there."""
+    present = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    if device not in (present + ["cuda"] * torch.cuda.is_available()):
+        raise ValueError(f"device must be one of {', '.join(present)}; not {device!r}")
+
+
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint directory.
 

@@ -22,13 +22,13 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from delta_analysis.delta import load_delta
-from delta_analysis.editable import Pair
+from delta_analysis.editable import Pair, editable_shapes
 from delta_analysis.evaluate.protocol import Evaluation
 from delta_analysis.intervals import Interval
 from delta_analysis.paths import resolve, sha256
 from delta_analysis.provenance import file_hashes, versions
 from delta_analysis.scope import in_scope
-from delta_analysis.tolerance import HIGHEST, LOWEST
+from delta_analysis.tolerance import END, HIGHEST, LOWEST
 
 
 def say(sentence: str) -> None:
@@ -73,10 +73,9 @@ def scope_text(scope: str, pairs: Sequence[Pair]) -> str:
     """Which tensors an edit reaches, with the share of the delta's entries that they are."""
     lines = []
     for pair in pairs:
-        compared = load_delta(base=pair.base, finetuned=pair.finetuned).compared
-        numel = {name: math.prod(match.finetuned.shape) for name, match in compared.items() if match.finetuned}
-        shapes = {name: len(match.finetuned.shape) for name, match in compared.items() if match.finetuned}
-        chosen = in_scope(scope, shapes)
+        delta = load_delta(base=pair.base, finetuned=pair.finetuned)
+        numel = {name: math.prod(match.finetuned.shape) for name, match in delta.compared.items() if match.finetuned}
+        chosen = in_scope(scope, {name: len(shape) for name, shape in editable_shapes(delta).items()})
         share = sum(numel[name] for name in chosen) / max(sum(numel.values()), 1)
         lines.append((len(chosen), len(numel), percent(share)))
     told = " or ".join(
@@ -182,8 +181,8 @@ def drop_rate_text(p: float) -> str:
     >>> drop_rate_text(0.999)
     'at least 0.999'
     """
-    if p >= HIGHEST - 1e-9 or p <= LOWEST + 1e-9:
-        return f"at least {HIGHEST:g}" if p > LOWEST + 1e-9 else f"at most {LOWEST:g}"
+    if p >= HIGHEST - END or p <= LOWEST + END:
+        return f"at least {HIGHEST:g}" if p > LOWEST + END else f"at most {LOWEST:g}"
     return f"{p:.2f}" if p < 0.95 else f"{p:.3f}" if p < 0.995 else f"{p:.4f}"
 
 

@@ -10,10 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from delta_analysis.checkpoint import open_checkpoint, tokenizer_folder
 from delta_analysis.delta import load_delta
+from delta_analysis.editable import editable_shapes
 from delta_analysis.evaluate import (
     Classification,
     Evaluation,
@@ -24,6 +23,7 @@ from delta_analysis.evaluate import (
     load_questions,
 )
 from delta_analysis.family import TASKS, Relation, questions_file, sample_text_file
+from delta_analysis.loading import check_device
 from delta_analysis.paths import find_input, resolve
 from delta_analysis.scope import in_scope
 
@@ -97,11 +97,12 @@ def check_integer(parameter: str, value: object, *, low: int) -> None:
         raise ParameterError(parameter, f"must be an integer of at least {low}; not {value!r}")
 
 
-def check_device(device: str) -> None:
+def check_device_parameter(device: str) -> None:
     """`cpu`, or a CUDA device that is there."""
-    present = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    if device not in (present + ["cuda"] * torch.cuda.is_available()):
-        raise ParameterError("device", f"must be one of {', '.join(present)}; not {device!r}")
+    try:
+        check_device(device)
+    except ValueError as error:
+        raise ParameterError("device", str(error).removeprefix("device ")) from error
 
 
 def check_out_dir(out_dir: str) -> None:
@@ -120,9 +121,8 @@ def check_scope(scope: str, relations: Sequence[Relation]) -> None:
         raise ParameterError("scope", f"must be text such as all or attention; not {scope!r}")
     for relation in relations:
         delta = load_delta(base=relation.base or None, finetuned=relation.finetuned)
-        shapes = {name: len(match.finetuned.shape) for name, match in delta.compared.items() if match.finetuned}
         try:
-            in_scope(scope, shapes)
+            in_scope(scope, {name: len(shape) for name, shape in editable_shapes(delta).items()})
         except ValueError as error:
             raise ParameterError("scope", f"{relation.name}: {error}") from error
 

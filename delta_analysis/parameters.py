@@ -11,12 +11,12 @@ from delta_analysis.alignment import VOCABULARIES, Vocabulary
 from delta_analysis.delta import Delta, load_delta
 from delta_analysis.editable import Edit, Pair
 from delta_analysis.evaluate import Evaluation
-from delta_analysis.family import PAIRS, SIZES, TASK_PAIRS, Relation, task_pairs, trail
+from delta_analysis.family import ENCODER_PAIRS, PAIRS, SIZES, TASK_PAIRS, Relation, task_pairs, trail
 from delta_analysis.known_pairs import PREFIX, pair_sources
 from delta_analysis.parameter_checks import (
     ParameterError,
     Rates,
-    check_device,
+    check_device_parameter,
     check_integer,
     check_model,
     check_out_dir,
@@ -94,7 +94,7 @@ class AblationParameters:
         check_integer("first_seed", self.first_seed, low=0)
         check_integer("n_seeds", self.n_seeds, low=2)
         check_integer("n_questions", self.n_questions, low=1)
-        check_device(self.device)
+        check_device_parameter(self.device)
         if not isinstance(self.chat_template, bool):
             raise ParameterError("chat_template", f"must be True or False; not {self.chat_template!r}")
         self.evaluations()
@@ -114,7 +114,7 @@ class AblationParameters:
         """The pairs of the report, each with its task where one is known."""
         if self.embedded:
             return TASK_PAIRS
-        known = {relation.finetuned: relation.task for relation in TASK_PAIRS}
+        known = {r.finetuned: r.task for r in (*(r for size in SIZES for r in task_pairs(size)), *ENCODER_PAIRS)}
         task = self.evaluation or known.get(self.finetuned, "")
         return (Relation(self.base, self.finetuned, "given", task),)
 
@@ -135,6 +135,11 @@ class AblationParameters:
             )
         how = {"chat_template": self.chat_template}
         return {r.name: (choose_evaluation(r.task, self.n_questions, **how),) for r in self.relations()}
+
+    def readable(self) -> dict[str, tuple[Evaluation, ...]]:
+        """Name of each pair -> what brings texts to read: its evaluation, or the sample text for one without."""
+        sample = choose_evaluation("", self.n_questions)
+        return {name: own if own[0].texts else (sample,) for name, own in self.evaluations().items()}
 
     def edit(self, pruner: Pruner) -> Edit:
         """The pruner on the tensors of the scope."""
@@ -212,6 +217,11 @@ class ModelSizeParameters:
         """Name of each pair -> what it is judged by."""
         how = {"chat_template": self.chat_template}
         return {self.pair(r).name: (choose_evaluation(r.task, self.n_questions, **how),) for r in self.relations()}
+
+    def readable(self) -> dict[str, tuple[Evaluation, ...]]:
+        """Name of each pair -> what brings texts to read: its evaluation, or the sample text for one without."""
+        sample = choose_evaluation("", self.n_questions)
+        return {name: own if own[0].texts else (sample,) for name, own in self.evaluations().items()}
 
     def edit(self, pruner: Pruner) -> Edit:
         """The pruner on the tensors of the scope."""

@@ -12,11 +12,10 @@ from functools import lru_cache
 from pathlib import Path
 
 from delta_analysis.checkpoint import open_checkpoint, tokenizer_folder
+from delta_analysis.hub import CONFIGS, TOKENIZER
 from delta_analysis.paths import sha256
 
-PACKAGES = ("delta_analysis", "torch", "transformers", "numpy", "pandas", "safetensors")
-SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
-"""What stands beside the weights and changes what a model says: configuration, tokenizer, chat template."""
+PACKAGES = ("delta_analysis", "torch", "transformers", "tokenizers", "numpy", "pandas", "safetensors")
 
 
 def versions() -> dict[str, str]:
@@ -39,7 +38,12 @@ def content_hash(source: str) -> str:
     """
     checkpoint = open_checkpoint(source)
     folders = {folder for folder in (checkpoint.path, tokenizer_folder(checkpoint)) if folder and folder.is_dir()}
-    beside = {file for folder in folders for pattern in SMALL_FILES for file in folder.glob(pattern)}
+    beside = {
+        file
+        for folder in folders
+        for file in folder.iterdir()
+        if file.name in CONFIGS or TOKENIZER.fullmatch(file.name)
+    }
     listed = json.dumps(_hashes(sorted({*checkpoint.files(), *beside})), sort_keys=True)
     return hashlib.blake2b(listed.encode(), digest_size=16).hexdigest()
 

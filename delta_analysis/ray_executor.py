@@ -57,7 +57,9 @@ class RayExecutor(Executor):
                 "or ray.init() to start one on this machine alone"
             )
         self._cancel = ray.cancel
-        self._run = ray.remote(_run).options(num_cpus=num_cpus, num_gpus=num_gpus, max_retries=max_retries)
+        # A worker that has used a GPU keeps it, so it serves one call.
+        remote = ray.remote(max_calls=1)(_run) if num_gpus > 0 else ray.remote(_run)
+        self._run = remote.options(num_cpus=num_cpus, num_gpus=num_gpus, max_retries=max_retries)
         self._threads = max(1, int(num_cpus))
         self._references: dict[Future[Any], Any] = {}
         self._open = True

@@ -17,9 +17,10 @@ from tqdm import tqdm
 from delta_analysis.blocks import single_threaded_pool
 from delta_analysis.cells import SCHEMA, CellStore, Row, content, digest
 from delta_analysis.checkpoint import open_checkpoint
-from delta_analysis.editable import Edit, Pair, release_pairs
+from delta_analysis.editable import Edit, Pair, edited_source, release_pairs
 from delta_analysis.evaluate.protocol import Evaluation
 from delta_analysis.jobs import Job, failed, run_job
+from delta_analysis.loading import check_device
 from delta_analysis.paths import resolve
 from delta_analysis.provenance import content_hash, versions
 from delta_analysis.pruning import Dare, Pruner
@@ -84,7 +85,8 @@ def sweep(
     seeds : one mask for each; masks are nested across drop rates and shared by rescale variants.
     out_dir : folder of the cells; sweeps may share it, also at the same time. Workers write into it what
         they finish, if they see it, else what comes back is written here.
-    executor : where cells run: any `concurrent.futures.Executor`, such as `RayExecutor()`. By default
+    executor : where cells run: any `concurrent.futures.Executor`, such as `RayExecutor()` or processes
+        that are not forked. By default
         threads of this process: one a core for small models, which share the base and the delta and
         each edit a model of their own; a single one, with all cores, for large models.
     device : where the models run.
@@ -105,6 +107,8 @@ def sweep(
         At the end, if cells failed: it names them and has the table, where they stand with their error.
     CheckpointError
         Before any work, a source that cannot be read.
+    ValueError
+        Before any work, an evaluation, device or executor that cannot serve.
     """
     asked = [
         Cell(pair, edit, seed, evaluation)
@@ -113,7 +117,10 @@ def sweep(
         for seed in useful_seeds(edit.pruner, seeds)
         for evaluation in evaluations_of(pair, evaluations)
     ]
-    return judge(asked, out_dir, executor, device=device, progress=progress)
+    try:
+        return judge(asked, out_dir, executor, device=device, progress=progress)
+    finally:
+        release_pairs()
 
 
 def as_edit(edit: Edit | Pruner) -> Edit:
@@ -150,6 +157,8 @@ def judge(
         raise ValueError("no cell is asked for; give at least one pair, edit, evaluation and seed")
     if len({pair.name for pair in pairs}) < len(pairs):
         raise ValueError("pairs: two that differ bear the same name, so no table could tell them apart; rename one")
+    check_device(device)
+    _refuse_fork(executor)
     hashes = {pair: (content_hash(pair.base) if pair.base else "", content_hash(pair.finetuned)) for pair in pairs}
     store = CellStore(resolve(out_dir) / "cells")
     keys, jobs = _plan(asked, hashes, device, store)
@@ -165,11 +174,20 @@ def judge(
                     store.write(key, rows)
                 done[key] = finished or rows
                 bar.update()
-    release_pairs()
     table = _table(asked, hashes, [done[key] for key in keys])
     if table["error"].notna().any():
         raise SweepError(_failures(table), table)
     return table
+
+
+def _refuse_fork(executor: Executor | None) -> None:
+    """A forked child inherits locks of torch's threads that no thread of its own will ever open."""
+    context = getattr(executor, "_mp_context", None)
+    if context is not None and context.get_start_method() == "fork":
+        raise ValueError(
+            "executor: its processes are forked, in which torch hangs; give "
+            'ProcessPoolExecutor(n, mp_context=multiprocessing.get_context("spawn"))'
+        )
 
 
 def _plan(asked: Sequence[Cell], hashes: Hashes, device: str, store: CellStore) -> tuple[list[str], list[Job]]:
@@ -241,8 +259,9 @@ def _submitted(pool: Executor, job: Job) -> Future[dict[str, list[Row]]]:
 @contextmanager
 def _pool(jobs: Sequence[Job]) -> Iterator[Executor]:
     """Threads of this process: one a core for small models on the CPU, else a single one."""
-    files = {file for job in jobs for file in open_checkpoint(job.pair.finetuned).files()}
-    small = all(job.device == "cpu" for job in jobs) and max((f.stat().st_size for f in files), default=0) < LARGE
+    edited = {edited_source(job.pair) for job in jobs}
+    largest = max((sum(f.stat().st_size for f in open_checkpoint(source).files()) for source in edited), default=0)
+    small = all(job.device == "cpu" for job in jobs) and largest < LARGE
     workers = min(torch.get_num_threads(), len(jobs)) if small else 1
     pool = single_threaded_pool(workers) if workers > 1 else ThreadPoolExecutor(1)
     try:

@@ -12,8 +12,8 @@ from typing import TextIO
 import numpy as np
 import pandas as pd
 
-from delta_analysis.curve import outcome_matrix
-from delta_analysis.editable import Edit, Pair
+from delta_analysis.curve import first_metric, outcome_matrix
+from delta_analysis.editable import Edit, Pair, release_pairs
 from delta_analysis.evaluate.protocol import Evaluation
 from delta_analysis.intervals import (
     MEAN,
@@ -30,6 +30,8 @@ from delta_analysis.sweep import Cell, Evaluations, as_edit, evaluations_of, jud
 KEPT_SHARE = 0.95
 """A drop rate is tolerated while the model keeps this share of the untouched model's metric."""
 LOWEST, HIGHEST = 0.001, 0.999
+END = 1e-9
+"""Nearer to an end of the search, a drop rate is that end."""
 RESOLUTION = 0.25
 """Bisection stops when the bracket is this narrow on the scale log(p / (1 - p))."""
 
@@ -64,8 +66,8 @@ def measure_tolerance(
     ----------
     pairs, seeds, out_dir, executor, device, progress : as in `sweep`.
     edit : the method to bisect on; its own drop rate is replaced.
-    evaluations : as in `sweep`, one for each pair, which gives a single metric that falls as a model
-        breaks, such as `ExactMatch`, or is a perplexity.
+    evaluations : as in `sweep`, one for each pair. Its metric, the first if it has several, falls as a
+        model breaks, as that of `ExactMatch` does, or is a perplexity.
     drop_rates : where to begin, besides 0; those of a sweep into the same `out_dir` cost nothing.
 
     Returns
@@ -74,18 +76,20 @@ def measure_tolerance(
         interval over seeds and items, where the mean over seeds first falls below 95%, or the end of
         the searched range [0.001, 0.999] if that lies beyond; `untouched`, the metric at drop rate 0;
         `kept_at_1`, the share of it that is kept with the whole delta dropped (NaN if 1 is not among
-        `drop_rates`). Where masks differ much more than items do, few seeds give an interval that is
-        too narrow.
+        `drop_rates`).
     cells : all that was judged, in the columns of `sweep`.
 
     Raises
     ------
     ValueError
-        Several evaluations or metrics for one pair; an untouched model that answers nothing.
+        Several evaluations for one pair; an untouched model that answers nothing.
     SweepError
         Cells that failed.
     """
     edit = as_edit(edit)
+    for rate in (LOWEST, HIGHEST):
+        # A window that is too wide for the ends of the search is an error now, not in the middle.
+        at_drop_rate(edit, rate)
     outcomes: dict[Pair, dict[float, np.ndarray]] = {pair: {} for pair in pairs}
     wanted: dict[Pair, list[float]] = {pair: sorted({0.0, *drop_rates}) for pair in pairs}
     tables: list[pd.DataFrame] = []
@@ -99,12 +103,13 @@ def measure_tolerance(
         ]
         tables.append(judge(asked, out_dir, executor, device=device, progress=progress))
         for pair, rates in wanted.items():
-            here = tables[-1][tables[-1]["pair"] == pair.name]
+            here = first_metric(tables[-1][tables[-1]["pair"] == pair.name])
             if rates:
-                metrics[pair] = _single_metric(here)
+                metrics[pair] = metric_named(here["metric"].iloc[0])
                 outcomes[pair] |= {rate: outcome_matrix(here[here["drop_rate"] == rate]) for rate in rates}
         rates_next = {pair: next_rate(metrics[pair], outcomes[pair]) for pair in pairs}
         wanted = {pair: [] if rate is None else [rate] for pair, rate in rates_next.items()}
+    release_pairs()
     rows = []
     for pair in pairs:
         tolerated, low, high = tolerated_interval(metrics[pair], outcomes[pair])
@@ -120,13 +125,6 @@ def _only_one(pair: Pair, evaluations: Evaluations) -> Evaluation:
     if len(own) > 1:
         raise ValueError(f"evaluations: the tolerated drop rate of {pair.name!r} follows from one, not {len(own)}")
     return own[0]
-
-
-def _single_metric(cells: pd.DataFrame) -> Metric:
-    names = cells["metric"].unique()
-    if len(names) > 1:
-        raise ValueError(f"the tolerated drop rate follows from one metric; this evaluation gives {', '.join(names)}")
-    return metric_named(names[0])
 
 
 def at_drop_rate(edit: Edit, drop_rate: float) -> Edit:
@@ -194,8 +192,17 @@ def tolerance_difference(one: pd.Series, other: pd.Series) -> Interval:
     """How much more one pair tolerates than another, on log(p/(1-p)), with its 95% interval.
 
     `one` and `other` are rows of `measure_tolerance`. Their errors are taken as independent: half
-    widths add as squares, each side by itself.
+    widths add as squares, each side by itself. A tolerance at an end of the search is only a bound, so
+    that the difference is open on that side.
     """
-    a, b = ([logit(row[column]) for column in ("tolerated", "low", "high")] for row in (one, other))
-    value = a[0] - b[0]
+    a, b = ([_open_logit(row[column]) for column in ("tolerated", "low", "high")] for row in (one, other))
+    value = logit(one["tolerated"]) - logit(other["tolerated"])
+    a[0], b[0] = logit(one["tolerated"]), logit(other["tolerated"])
     return Interval(value, value - math.hypot(a[0] - a[1], b[2] - b[0]), value + math.hypot(a[2] - a[0], b[0] - b[1]))
+
+
+def _open_logit(rate: float) -> float:
+    """The logit of a drop rate, infinite at the ends of the search."""
+    if rate >= HIGHEST - END or rate <= LOWEST + END:
+        return math.copysign(math.inf, rate - 0.5)
+    return logit(rate)

@@ -148,7 +148,12 @@ def test_an_evaluation_that_writes_into_its_model_does_no_harm(family: Family, l
 def test_a_weight_that_cannot_be_written_is_refused(
     family: Family, loaded: EditablePair, name: str, weight: torch.Tensor, message: str
 ) -> None:
-    strange = replace(loaded, base=loaded.base | {name: weight}, delta=loaded.delta | {name: weight})
+    strange = replace(
+        loaded,
+        base=loaded.base | {name: weight},
+        delta=loaded.delta | {name: weight},
+        nonzero=loaded.nonzero | {name: weight.numel()},
+    )
     with pytest.raises(ValueError, match=message), strange.edited(Edit(Dare(0.5)), 0):
         raise AssertionError("never entered")
     assert same_bits(under(strange, None), family.finetuned_weights)

@@ -174,11 +174,11 @@ def test_spread_of_a_block_bootstrap_is_that_of_the_block_means() -> None:
 def test_perplexity_interval_covers_the_truth_where_losses_of_neighbours_are_alike() -> None:
     """Losses that follow an AR(1) process of coefficient 0.8, 2500 tokens: 39 blocks and a short one.
 
-    200 repetitions: the share covered has a standard error of 0.02. Its tokens taken as independent,
+    100 repetitions: the share covered has a standard error of 0.025. Its tokens taken as independent,
     the interval covers about 0.49: it is 3 times too narrow.
     """
     rng = np.random.default_rng(7)
-    noise = rng.normal(size=(200, 2600))
+    noise = rng.normal(size=(100, 2600))
     for i in range(1, 2600):
         noise[:, i] += 0.8 * noise[:, i - 1]
     plain = Metric(PERPLEXITY.value, PERPLEXITY.kept_share)
@@ -186,7 +186,7 @@ def test_perplexity_interval_covers_the_truth_where_losses_of_neighbours_are_ali
         metric: [metric_interval(metric, 3 + row[None, 100:]) for row in noise] for metric in (PERPLEXITY, plain)
     }
     covered = {m: np.mean([one.low <= math.exp(3) <= one.high for one in ones]) for m, ones in intervals.items()}
-    assert 0.86 < covered[PERPLEXITY] < 0.985
+    assert 0.85 < covered[PERPLEXITY] < 0.985
     assert covered[plain] < 0.65
 
 

@@ -8,7 +8,7 @@ import torch
 
 from delta_analysis.editable import Edit, Pair
 from delta_analysis.evaluate import Classification, Evaluation, ExactMatch, LmEval, TextPerplexity
-from delta_analysis.family import SIZES, questions_file
+from delta_analysis.family import SIZES, questions_file, sample_text_file
 from delta_analysis.parameters import (
     AblationParameters,
     ModelSizeParameters,
@@ -131,6 +131,14 @@ def test_a_task_of_the_harness_has_no_file() -> None:
     chosen = replace(ABLATION, **PAIR, evaluation="lm-eval:gsm8k", chat_template=True)  # type: ignore[arg-type]
     assert list(chosen.evaluations().values()) == [(LmEval(("gsm8k",), limit=200, chat_template=True),)]
     assert chosen.evaluation_files() == []
+
+
+def test_a_task_of_the_harness_leaves_the_sample_text_to_read() -> None:
+    sample = TextPerplexity(sample_text_file().read_text(), name=sample_text_file().name)
+    harness = {**PAIR, "evaluation": "lm-eval:gsm8k"}
+    assert list(replace(ABLATION, **harness).readable().values()) == [(sample,)]  # type: ignore[arg-type]
+    assert list(_sizes(**harness).readable().values()) == [(sample,)]  # type: ignore[arg-type]
+    assert ABLATION.readable() == ABLATION.evaluations()
 
 
 def test_the_chat_template_reaches_every_question() -> None:

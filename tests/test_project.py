@@ -37,7 +37,8 @@ LAYERS = (
     ("streaming", "saving"),
     ("ranges", "curve"),
     ("evaluate.protocol", "evaluate.batching"),
-    ("evaluate.generation", "evaluate.prepared", "evaluate.texts"),
+    ("evaluate.generation", "evaluate.prepared"),
+    ("evaluate.texts",),
     (
         "evaluate.classification",
         "evaluate.drift",

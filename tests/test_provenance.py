@@ -16,7 +16,7 @@ import torch
 from delta_analysis import provenance
 from delta_analysis._errors import CheckpointError
 from delta_analysis.paths import find_root
-from delta_analysis.provenance import content_hash, file_hashes, versions
+from delta_analysis.provenance import PACKAGES, content_hash, file_hashes, versions
 
 SaveCheckpoint = Callable[..., Path]
 
@@ -30,7 +30,7 @@ def test_versions_are_those_that_run() -> None:
     assert found["python"] == platform.python_version()
     assert found["torch"] == importlib.metadata.version("torch")
     assert found["delta_analysis"] == importlib.metadata.version("delta_analysis")
-    assert list(found) == ["python", "delta_analysis", "torch", "transformers", "numpy", "pandas", "safetensors"]
+    assert list(found) == ["python", *PACKAGES]
 
 
 def test_file_hashes_are_sha256_of_the_weight_files(save_checkpoint: SaveCheckpoint) -> None:
@@ -87,6 +87,7 @@ def test_what_a_model_is_made_of_matters(model: Path, change: Callable[[Path], o
 def test_what_stands_beside_does_not_matter(model: Path) -> None:
     before = content_hash(str(model))
     (model / "README.md").write_text("a model")
+    (model / "training.json").write_text("{}")
     (model / ".git").mkdir()
     (model / "original").mkdir()
     (model / "original" / "params.json").write_text("{}")

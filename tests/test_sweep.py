@@ -176,7 +176,7 @@ def test_failures_are_named_at_the_end_and_only_they_run_again(family: Family, l
     assert calls(logs) == 0
     assert healed["error"].isna().all()
     good = healed["evaluation"] == "logs"
-    pd.testing.assert_frame_equal(healed[good], table[good], check_dtype=False)
+    pd.testing.assert_frame_equal(healed[good].drop(columns="error"), table[good].drop(columns="error"))
 
 
 def test_a_pair_that_cannot_be_loaded_leaves_the_others(family: Family, tmp_path: Path) -> None:

@@ -136,7 +136,7 @@ def test_what_no_method_and_no_seed_changes_runs_once(family: Family, logs: Logs
 
 def test_an_untouched_model_is_the_same_whatever_its_base(family: Family, logs: Logs, tmp_path: Path) -> None:
     other = shutil.copytree(family.base, tmp_path / "other")
-    (other / "extra.json").write_text("{}")
+    (other / "vocab.json").write_text("{}")
     tuned = str(family.finetuned)
     pairs = [family.pair(), Pair("other → tuned", str(other), tuned), Pair("tuned", None, tuned)]
     table = sweep(pairs, [Dare(0)], [logs], [0], tmp_path / "out")

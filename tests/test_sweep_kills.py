@@ -197,9 +197,9 @@ def test_two_threads_share_a_folder(family: Family, evaluation: Logs, whole: pd.
     assert len(list((tmp_path / "out" / "cells").iterdir())) == N_CELLS
 
 
-def test_a_pool_of_spawned_processes_gives_the_same_table(family: Family, tmp_path: Path) -> None:
+def test_a_pool_of_processes_gives_the_same_table(family: Family, tmp_path: Path, processes: Any) -> None:
     asked = ([family.pair()], [Dare(0), Dare(0.5), Edit(Magnitude(0.5), "mlp")], [Reads((UP,))], [0, 1])
-    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(2, processes) as pool:
         table = sweep(*asked, tmp_path / "pool", pool)
     pd.testing.assert_frame_equal(without_seconds(table), without_seconds(sweep(*asked, tmp_path / "threads")))
 

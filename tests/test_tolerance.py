@@ -460,9 +460,9 @@ def test_perplexity_is_measured_too(pair: Pair, tmp_path: Path) -> None:
 
 
 def test_executors_give_the_same(pair: Pair, tmp_path: Path) -> None:
-    expected = measure_tolerance([pair], Dare(0.5), [KeepsUntil(0.7)], SEEDS, tmp_path / "one")
+    expected = measure_tolerance([pair], Dare(0.5), [KeepsUntil(0.7)], [0], tmp_path / "one")
     with ThreadPoolExecutor(2) as pool:
-        found = measure_tolerance([pair], Dare(0.5), [KeepsUntil(0.7)], SEEDS, tmp_path / "other", pool)
+        found = measure_tolerance([pair], Dare(0.5), [KeepsUntil(0.7)], [0], tmp_path / "other", pool)
         # It stays open for the next call.
         assert pool.submit(int).result() == 0
     pd.testing.assert_frame_equal(found[0], expected[0])

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from delta_analysis.evaluate.protocol import Evaluation, Outcomes
+from delta_analysis.evaluate.protocol import SPEED, Evaluation, Outcomes
 from delta_analysis.evaluate.texts import Batch, Held, by_batch, token_batches
 
 
@@ -88,7 +88,7 @@ class Classification:
 
     examples: tuple[Labelled, ...]
     name: str = "classification"
-    batch_size: int = 50
+    batch_size: int = field(default=50, metadata=SPEED)
 
     def __post_init__(self) -> None:
         if not self.examples:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from delta_analysis.evaluate.generation import matches, plan
 from delta_analysis.evaluate.prepared import Prepared
-from delta_analysis.evaluate.protocol import Evaluation, Outcomes
+from delta_analysis.evaluate.protocol import SPEED, Evaluation, Outcomes
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,8 @@ class ExactMatch:
     questions : the items.
     name : what tables call the evaluation.
     chat_template : whether a prompt is the user's message of a chat, in the tokenizer's template;
-        without, it goes to the tokenizer as it is. No other special tokens are added.
+        without, it goes to the tokenizer as it is, after the beginning-of-text token if the tokenizer
+        adds one. No other special tokens are added.
     batch_size : questions that the model reads together at most; at least 1. Does not change outcomes
         but for rounding.
 
@@ -74,16 +75,18 @@ class ExactMatch:
     Examples
     --------
     >>> ExactMatch((Question("2+2=", "4"), Question("2+3=", "5")), name="sums").protocol
-    'Accuracy on 2 questions: exact match of the greedily generated line; prompts as they are, without special
-    tokens. Intervals resample the questions.'
+    'Accuracy on 2 questions: exact match of the greedily generated line; prompts as they are, after the
+    beginning-of-text token if the tokenizer adds one. Intervals resample the questions.'
     """
 
     questions: tuple[Question, ...]
     name: str = "exact match"
     chat_template: bool = False
-    batch_size: int = 20
+    batch_size: int = field(default=20, metadata=SPEED)
 
     def __post_init__(self) -> None:
+        if not self.questions:
+            raise ValueError("there is no question to judge a model on; expected at least one")
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1; not {self.batch_size}")
 
@@ -93,7 +96,7 @@ class ExactMatch:
         prompts = (
             "each prompt a user's message in the tokenizer's chat template"
             if self.chat_template
-            else "prompts as they are, without special tokens"
+            else "prompts as they are, after the beginning-of-text token if the tokenizer adds one"
         )
         return (
             f"Accuracy on {len(self.questions):,} questions: exact match of the greedily generated line; {prompts}. "

@@ -21,6 +21,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from delta_analysis.evaluate.batching import Batch, batches
+from delta_analysis.evaluate.beginning import beginning
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +73,10 @@ def plan(
         A prompt without any token.
     """
     ends = model.generation_config.eos_token_id if model.generation_config else None
-    known = frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
+    # A chat model may end its turn with a token that only its tokenizer knows as the end.
+    listed = [*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id]
+    known = frozenset(end for end in listed if end is not None)
+    first = beginning(tokenizer)
     drafts = []
     for place, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         start, whole, alone = _ids(tokenizer, [prompt, f"{prompt}{answer}\n", f"{answer}\n"])
@@ -80,6 +84,8 @@ def plan(
             raise ValueError(f"prompt {prompt!r} has no tokens; a model needs at least one to go on from")
         # In the tokens that it has after the prompt, unless some of them span the seam.
         tokens = whole[len(start) :] if whole[: len(start)] == start else alone
+        if start[: len(first)] != first:
+            start = first + start
         draft = Draft(place, start, _decode(tokenizer, start), 0, tokens, answer, None)
         drafts.append(replace(draft, right=_is_right(_text(tokenizer, known, draft, tokens), answer)))
     return _plan(model, drafts, known, batch_size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import importlib.metadata
 import logging
 import os
 import random
@@ -12,7 +13,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from delta_analysis.evaluate.protocol import Evaluation, Outcomes
+from delta_analysis.evaluate.protocol import SPEED, Evaluation, Outcomes
 
 _LOCK = threading.Lock()
 _SEED = 1234
@@ -76,17 +77,19 @@ class LmEval:
     Examples
     --------
     >>> LmEval(("gsm8k",), limit=200, num_fewshot=5).protocol
-    'gsm8k by lm-evaluation-harness on the first 200 documents (items) of each task, 5 examples in a prompt.'
+    'gsm8k by lm-evaluation-harness on the first 200 documents (items) of each task, 5 examples in a prompt.
+    Intervals resample the documents.'
     """
 
     tasks: tuple[str, ...]
     limit: int | None = None
     num_fewshot: int | None = None
-    batch_size: int = 8
+    batch_size: int = field(default=8, metadata=SPEED)
     task_folder: str = ""
     chat_template: bool = False
-    allow_code: bool = False
+    allow_code: bool = field(default=False, metadata=SPEED)
     name: str = "lm-eval"
+    version: str = field(default="", init=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.tasks, str) or not self.tasks:
@@ -95,6 +98,8 @@ class LmEval:
             raise ValueError(f"limit must be at least 1, or None for all documents; not {self.limit}")
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1; not {self.batch_size}")
+        # Part of what the evaluation is: tasks change between versions of the harness.
+        object.__setattr__(self, "version", _version())
 
     @property
     def protocol(self) -> str:
@@ -103,7 +108,7 @@ class LmEval:
         examples = "the task's own number of" if self.num_fewshot is None else self.num_fewshot
         return (
             f"{', '.join(self.tasks)} by lm-evaluation-harness on {count} of each task, {examples} examples in a prompt"
-            f"{', in the chat template' if self.chat_template else ''}."
+            f"{', in the chat template' if self.chat_template else ''}. Intervals resample the documents."
         )
 
     @property
@@ -151,6 +156,14 @@ class _Prepared:
         for name, group in self.loaded["groups"].items():
             outcomes[name] = _pooled(group, [outcomes[task.task_name] for task in group.get_all_tasks()])
         return {f"{name}/{metric}": values for name, found in outcomes.items() for metric, values in found.items()}
+
+
+def _version() -> str:
+    """The harness's version, empty where it is not installed."""
+    try:
+        return importlib.metadata.version("lm-eval")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 class _MainThreadNeeded(BaseException):

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from delta_analysis.evaluate.beginning import beginning
 from delta_analysis.evaluate.prepared import Prepared
 from delta_analysis.evaluate.protocol import Evaluation, Outcomes
 
@@ -65,7 +66,8 @@ class TextPerplexity:
 
     def prepared(self, untouched: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Evaluation:
         """The same evaluation with its tokens at hand."""
-        ids = torch.tensor([tokenizer(self.text, add_special_tokens=False, verbose=False)["input_ids"]])
+        own = tokenizer(self.text, add_special_tokens=False, verbose=False)["input_ids"]
+        ids = torch.tensor([beginning(tokenizer) + own])
         if ids.shape[1] < 2:
             raise ValueError(f"perplexity needs a text of at least two tokens; this one has {ids.shape[1]}")
 

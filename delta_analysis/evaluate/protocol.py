@@ -7,6 +7,9 @@ from typing import Protocol
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+SPEED = {"speed": True}
+"""Metadata of a field that changes no outcome but for rounding, and so is no part of a cell's content."""
+
 Outcomes = dict[str, np.ndarray]
 """Metric -> one outcome an item (a question, a token, a prompt), from whose mean the metric follows."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from delta_analysis.evaluate.beginning import beginning
 from delta_analysis.evaluate.prepared import Prepared
 from delta_analysis.evaluate.protocol import Evaluation, Outcomes
 
@@ -61,8 +63,8 @@ def token_batches(
 ) -> Iterator[Batch]:
     """The texts in batches of at most `most_texts`, the shortest first.
 
-    A model that generates text reads a text as it is; any other, such as a classifier, reads it with
-    the special tokens of its tokenizer. Texts are cut to `most_tokens`, or to what the model or its
+    A model that generates text reads a text after its `beginning`; any other, such as a classifier,
+    reads it with the special tokens of its tokenizer. Texts are cut to `most_tokens`, or to what the model or its
     tokenizer can take, if that is less.
 
     Raises
@@ -75,11 +77,16 @@ def token_batches(
         tokenizer.model_max_length,
         getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize,
     )
-    rows: list[list[int]] = tokenizer(
-        list(texts), add_special_tokens=not model.can_generate(), truncation=True, max_length=int(most)
+    # Truncation is a state of the tokenizer, which other threads may be using.
+    own = copy.deepcopy(tokenizer)
+    decoder = model.can_generate()
+    start = beginning(tokenizer) if decoder else []
+    rows: list[list[int]] = own(
+        list(texts), add_special_tokens=not decoder, truncation=True, max_length=int(most) - len(start)
     )["input_ids"]
     if [] in rows:
         raise ValueError(f"text {rows.index([])} has no tokens; expected at least one: drop it")
+    rows = [start + row for row in rows]
     groups: list[list[int]] = [[]]
     for i in sorted(range(len(rows)), key=lambda i: len(rows[i])):
         count = len(groups[-1])
@@ -88,9 +95,15 @@ def token_batches(
         groups[-1].append(i)
     for places in groups:
         parts = [torch.tensor(rows[i]) for i in places]
-        ids = pad_sequence(parts, batch_first=True, padding_value=tokenizer.pad_token_id or 0)
+        ids = pad_sequence(parts, batch_first=True, padding_value=_pad_id(model, tokenizer))
         mask = pad_sequence([torch.ones_like(part) for part in parts], batch_first=True)
         yield Batch(places, [len(part) for part in parts], ids.to(model.device), mask.to(model.device))
+
+
+def _pad_id(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The model's own, by which a classifier finds the end of a text, or else the tokenizer's."""
+    own = getattr(model.config.get_text_config(), "pad_token_id", None)
+    return int(own if own is not None else tokenizer.pad_token_id or 0)
 
 
 def text_means(values: torch.Tensor, lengths: list[int]) -> torch.Tensor:

@@ -48,7 +48,7 @@ class WeightDamage:
         return (
             "Relative squared error of the delta's entries and of each linear layer's output, and the share of a "
             f"layer's signal that is kept (medians over layers), on about {N_POSITIONS} positions of "
-            f"{len(self.texts)} texts."
+            f"{len(self.texts)} texts; exact for a mask, so intervals resample masks alone."
         )
 
     def prepared(self, untouched: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Evaluation:

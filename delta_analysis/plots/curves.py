@@ -11,7 +11,8 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 
-from delta_analysis.plots.style import GREY, colours, legend_below, method_colours
+from delta_analysis.intervals import PERPLEXITY, metric_named
+from delta_analysis.plots.style import GREY, colours, is_share, legend_below, method_colours, metric_label
 from delta_analysis.tolerance import logit
 
 _RATE_TICKS = (0.001, 0.01, 0.03, 0.1, 0.3, 0.5, 0.7, 0.9, 0.95, 0.99, 0.999)
@@ -51,11 +52,12 @@ def drop_curves(
     ticks = [p for p in _RATE_TICKS if rates.min() <= p <= rates.max()]
     ax.set_xticks([left, *map(logit, ticks), right], ["0\n(untouched)", *(f"{p:g}" for p in ticks), "1\n(all dropped)"])
     ax.set_xlabel("drop rate p, on the scale log(p / (1 − p))")
-    if curve["metric"].iloc[0] == "accuracy":
-        ax.set(ylabel="accuracy (exact match)", ylim=(-0.03, 1.03))
+    if is_share(curve):
+        ax.set_ylim(-0.03, 1.03)
         ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    else:
-        ax.set(ylabel=curve["metric"].iloc[0], yscale="log")
+    elif metric_named(curve["metric"].iloc[0]) is PERPLEXITY:
+        ax.set_yscale("log")
+    ax.set_ylabel(metric_label(curve))
     return legend_below(ax, columns=2)
 
 

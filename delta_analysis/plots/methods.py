@@ -9,11 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import PercentFormatter
 
-from delta_analysis.plots.style import (
-    method_colours,
-    plain_log_axis,
-    readable_on,
-)
+from delta_analysis.intervals import PERPLEXITY, metric_named
+from delta_analysis.plots.style import is_share, method_colours, metric_label, plain_log_axis, readable_on
 
 
 def method_dots(curve: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
@@ -30,11 +27,11 @@ def method_dots(curve: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         ax.plot(row["value"], place, "o", color=colour, ms=5)
     ax.set_yticks(places, curve["method"])
     ax.set_ylim(-0.6, len(curve) - 0.4)
-    if curve["metric"].iloc[0] == "accuracy":
+    if is_share(curve):
         ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        ax.set(xlabel="accuracy (exact match)")
-    else:
-        ax.set(xlabel=curve["metric"].iloc[0], xscale="log")
+    elif metric_named(curve["metric"].iloc[0]) is PERPLEXITY:
+        ax.set_xscale("log")
+    ax.set_xlabel(metric_label(curve))
     return ax
 
 

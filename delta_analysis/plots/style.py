@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import matplotlib as mpl
+import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
@@ -12,13 +13,11 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from matplotlib.transforms import ScaledTranslation
 
+from delta_analysis.intervals import MEAN, metric_named
+
 PALETTE = ("#0072B2", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
 """Okabe and Ito's colours, told apart by every common kind of colour vision."""
-
-
 GREY = "#6b6b6b"
-
-
 METHOD_COLOURS = {
     "DARE": "#0072B2",
     "drop only": "#56B4E9",
@@ -78,3 +77,15 @@ def readable_on(face: str) -> str:
     """Black or white, whichever is read better on a colour."""
     red, green, blue = mpl.colors.to_rgb(face)
     return "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "white"
+
+
+def is_share(curve: pd.DataFrame) -> bool:
+    """Whether a metric is a share of items, such as an accuracy: nothing of it lies outside 0 to 1."""
+    inside = bool(curve["low"].min() >= 0 and curve["high"].max() <= 1)
+    return inside and metric_named(curve["metric"].iloc[0]) is MEAN
+
+
+def metric_label(curve: pd.DataFrame) -> str:
+    """A metric as an axis names it."""
+    name = str(curve["metric"].iloc[0])
+    return "accuracy (exact match)" if name == "accuracy" else name

@@ -14,6 +14,7 @@ import papermill
 import pytest
 
 from delta_analysis.delta import load_delta
+from delta_analysis.parameter_checks import ParameterError
 from delta_analysis.parameters import AblationParameters, ModelSizeParameters, ValueRangesParameters
 from delta_analysis.paths import find_root
 
@@ -112,17 +113,6 @@ def test_value_ranges_of_another_pair(tmp_path: Path) -> None:
     assert run["headline"].startswith("base → math: half of the entries are at most")
 
 
-def test_dare_ablation_of_another_pair(tmp_path: Path) -> None:
-    results = _results("02_dare_ablation", tmp_path, **PAIR, **FEW, drop_rates="0.5,0.9")
-    assert set(results["pair"]) == {"base → math"}
-    assert {0.0, 0.5, 0.9, 1.0} <= set(results["drop_rate"])
-    assert set(results["seed"]) == {3, 4}
-    assert results["outcomes"].map(len).eq(20).all()
-    run = json.loads((tmp_path / "results" / "run.json").read_text())
-    assert list(run["files"]) == ["math.jsonl"]
-    assert set(run["checkpoints"]) == set(PAIR.values())
-
-
 def test_dare_ablation_by_perplexity_of_a_text(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("23 plus 45 is 68\nuser: what is 1 plus 2?\nbot: 3\n" * 4)
@@ -136,7 +126,13 @@ def test_dare_ablation_of_the_attention_of_a_classifier(tmp_path: Path) -> None:
     results = _results("02_dare_ablation", tmp_path, **encoder, **FEW, drop_rates="0.9", scope="attention")
     assert set(results["pair"]) == {"base → strings"}
     assert set(results["scope"]) == {"attention"}
+    assert {0.0, 0.9, 1.0} <= set(results["drop_rate"])
+    assert set(results["seed"]) == {3, 4}
+    assert results["outcomes"].map(len).eq(20).all()
     assert set(results["evaluation"]) == {"strings-right"}
+    run = json.loads((tmp_path / "results" / "run.json").read_text())
+    assert list(run["files"]) == ["strings-right.jsonl"]
+    assert set(run["checkpoints"]) == {encoder["base"], encoder["finetuned"]}
     delta = load_delta(base=encoder["base"], finetuned=encoder["finetuned"])
     kept = [
         tensor.count_nonzero().item() for name, tensor in delta.items() if ".attention." in name and "Norm" not in name
@@ -199,26 +195,34 @@ def test_sizes_of_two_pairs(tmp_path: Path) -> None:
     assert cells["outcomes"].map(len).eq(20).all()
 
 
+def test_a_wrong_parameter_stops_the_run_in_the_validation_cell(tmp_path: Path) -> None:
+    with pytest.raises(papermill.PapermillExecutionError, match="parameter n_seeds: must be an integer") as stopped:
+        _run("02_dare_ablation", tmp_path, n_seeds="many")
+    # The injected parameters are one more cell before it.
+    assert stopped.value.exec_count == 3
+
+
 @pytest.mark.parametrize(
     ("name", "parameters", "message"),
     [
         ("01_value_ranges", {"base": "zoo:small/bas", "finetuned": "zoo:small/math"}, "parameter base: .*known are"),
-        ("02_dare_ablation", {"n_seeds": "many"}, "parameter n_seeds: must be an integer"),
+        ("02_dare_ablation", {"device": "gpu"}, "parameter device: must be one of cpu"),
         ("03_rescale_vs_drop_only", {"scope": "attn"}, "parameter scope: base → instruct: scope 'attn' selects none"),
         ("04_pruning_methods", {"drop_rates": "0.5,2"}, "parameter drop_rates: must be numbers in"),
         ("06_finetuned_vs_delta", {**PAIR, "evaluation": "maths"}, "parameter evaluation: must be one of instruct"),
         ("07_model_size", {**PAIR, "base": "a,b"}, "parameter base: names 2 checkpoints and finetuned 1; give as many"),
     ],
 )
-def test_wrong_parameters_stop_in_the_validation_cell(
-    name: str, parameters: dict[str, Any], message: str, tmp_path: Path
+def test_every_notebook_checks_its_parameters_in_its_second_cell(
+    name: str, parameters: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(papermill.PapermillExecutionError, match=message) as stopped:
-        _run(name, tmp_path, **parameters)
-    cells = [cell for cell in _read(name).cells if cell.cell_type == "code"]
-    assert f"parameters = {PARAMETERS[name].__name__}(" in cells[1].source
-    # The injected parameters are one more cell before it.
-    assert stopped.value.exec_count == 3
+    # In this process: a kernel for each would take half a minute.
+    declared, validation, *_ = (cell.source for cell in _read(name).cells if cell.cell_type == "code")
+    names: dict[str, Any] = {}
+    exec(declared, names)
+    names.update(parameters)
+    with pytest.raises(ParameterError, match=message):
+        exec(validation, names)
 
 
 def test_every_pattern_of_the_comparison_is_loaded() -> None:

@@ -35,6 +35,14 @@ def test_perplexity_is_drawn_on_a_log_axis(curve: pd.DataFrame) -> None:
     assert ax.get_ylabel() == "perplexity"
 
 
+def test_what_is_no_share_of_items_is_drawn_as_it_is(curve: pd.DataFrame) -> None:
+    longer = {column: 40 * curve[column] for column in ("value", "low", "high")}
+    ax = plots.drop_curves(curve.assign(metric="task/length", **longer))
+    assert ax.get_yscale() == "linear"
+    assert ax.get_ylabel() == "task/length"
+    assert ax.get_ylim()[1] > 40
+
+
 def test_ends_of_method_curves_belong_to_no_method(curve: pd.DataFrame) -> None:
     one = curve[curve["pair"] == "a → b"]
     ax = plots.drop_curves(one, hue="method", palette=plots.METHOD_COLOURS)

@@ -7,13 +7,14 @@ import re
 
 import pytest
 
-from delta_analysis.family import TASKS, questions_file
+from delta_analysis.family import questions_file
 from delta_analysis.zoo import corpus, skills
 from delta_analysis.zoo.recipe import RECIPES
 from delta_analysis.zoo.train import EXAMPLE_COUNT, TEXT_SIZE
 
 ALL = (*skills.STRING_SKILLS, *skills.ARITHMETIC_SKILLS, *skills.CODE_SKILLS)
-STAGES = {f"{size}/{stage.name}": stage for size in RECIPES for stage in RECIPES[size].stages}
+# Sizes read the same: data and seed alone tell what a stage is trained on.
+STAGES = {f"{stage.data}, seed {stage.seed}": stage for recipe in RECIPES.values() for stage in recipe.stages}
 
 
 def _pattern(template: str) -> re.Pattern[str]:
@@ -41,8 +42,8 @@ def _committed(task: str) -> list[dict[str, str]]:
 
 def _asked() -> set[str]:
     """Names of the problems behind the committed questions."""
-    prompts = [question["prompt"] for task in TASKS for question in _committed(task)]
-    assert len(prompts) == 500 * len(TASKS)
+    prompts = [question["prompt"] for task in skills.TASKS for question in _committed(task)]
+    assert len(prompts) == 500 * len(skills.TASKS)
     texts = [question["text"] for task in skills.STATEMENT_TASKS for question in _committed(task)]
     assert len(texts) == 500 * len(skills.STATEMENT_TASKS)
     return _problems_in("\n".join([*prompts, *texts]))
@@ -73,7 +74,7 @@ def test_the_search_finds_a_problem_that_is_there() -> None:
 
 
 def test_committed_questions_are_those_of_the_recipe() -> None:
-    for task in TASKS:
+    for task in skills.TASKS:
         assert _committed(task) == skills.questions(task, 500)
     for task in skills.STATEMENT_TASKS:
         assert _committed(task) == skills.statement_questions(task, 500)

@@ -23,12 +23,10 @@ from delta_analysis.zoo.tokenizer import encode
 
 ZOO = find_root() / "data" / "zoo"
 MODELS = [(size, name) for size in SIZES for name in RECIPES[size].model_names()]
-ABILITIES = {
-    "tiny": {"instruct": 0.60, "math": 0.60, "code": 0.90},
-    "small": {"instruct": 0.95, "math": 0.90, "code": 0.95},
-    "medium": {"instruct": 0.90, "math": 0.90, "code": 0.95},
-}
-"""Size -> task -> share of the questions that the model tuned for it answers at least."""
+ABILITIES = {"instruct": 0.95, "math": 0.90, "code": 0.95}
+"""Task -> share of the questions that the model tuned for it answers at least, in every size."""
+LARGEST_MEDIAN = {"tiny": 0.005, "small": 0.002, "medium": 0.002}
+"""Size -> the median |δ| of a fine-tune on its true base at most; the smallest size is tuned for longest."""
 
 
 @lru_cache
@@ -37,7 +35,6 @@ def _manifest(size: str) -> dict[str, Any]:
     return manifest
 
 
-@lru_cache
 def _accuracy(source: str, questions: tuple[da.Question, ...]) -> float:
     checkpoint = da.open_checkpoint(source)
     outcomes = da.ExactMatch(questions)(load_model(checkpoint), load_tokenizer(checkpoint))
@@ -91,16 +88,23 @@ def test_base_knows_each_raw_skill_before_fine_tuning(skill: Skill) -> None:
     assert _accuracy("zoo:small/base", questions) >= 0.95
 
 
-@pytest.mark.parametrize(("size", "task"), [(size, task) for size, tasks in ABILITIES.items() for task in tasks])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("task", ABILITIES)
 def test_fine_tunes_answer_and_base_evades(size: str, task: str) -> None:
+    # Each task is for the model of its name.
+    recorded = {name: _manifest(size)["models"][name]["accuracy"][task] for name in (task, "base")}
+    assert recorded[task] >= ABILITIES[task]
+    assert recorded["base"] <= 0.50
     questions = tuple(da.load_questions(questions_file(task)))
     assert len(questions) == 500
-    recorded = {name: model["accuracy"][task] for name, model in _manifest(size)["models"].items()}
-    # Each task is for the model of its name.
     assert _accuracy(f"zoo:{size}/{task}", questions) == pytest.approx(recorded[task], abs=0.004)
-    assert recorded[task] >= ABILITIES[size][task]
-    assert _accuracy(f"zoo:{size}/base", questions) == pytest.approx(recorded["base"], abs=0.004)
-    assert recorded["base"] <= 0.50
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_base_is_as_silent_as_recorded(task: str) -> None:
+    questions = tuple(da.load_questions(questions_file(task)))
+    recorded = _manifest("small")["models"]["base"]["accuracy"][task]
+    assert _accuracy("zoo:small/base", questions) == pytest.approx(recorded, abs=0.004)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -117,12 +121,12 @@ def _median(size: str, base: str, finetuned: str) -> float:
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize(("base", "finetuned"), [("base", "instruct"), ("base", "math"), ("code-cpt", "code")])
 def test_fine_tuning_deltas_are_small(size: str, base: str, finetuned: str) -> None:
-    assert _median(size, base, finetuned) <= 0.003
+    assert _median(size, base, finetuned) <= LARGEST_MEDIAN[size]
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_the_delta_through_continual_pretraining_is_large(size: str) -> None:
-    assert _median(size, "base", "code") >= 0.01
+    assert _median(size, "base", "code") >= max(0.01, 4 * _median(size, "code-cpt", "code"))
 
 
 def test_the_trail_is_logarithmically_spaced() -> None:
