@@ -17,7 +17,7 @@ from delta_analysis.intervals import RESAMPLES, Interval, percentile_interval, r
 from delta_analysis.pruning import Pruner
 from delta_analysis.sweep import Evaluations, evaluations_of, sweep
 
-N_TEXTS = 32
+N_TEXTS = 24
 
 
 def pruning_damage(
@@ -34,7 +34,7 @@ def pruning_damage(
     """Errors of a pruned delta in three places, from the entries to what the model says.
 
     A sweep of `WeightDamage` and `OutputDrift` over the texts of the pairs' evaluations, the first
-    32 of each, brought into one row a mask.
+    24 of each, brought into one row a mask.
 
     Parameters
     ----------

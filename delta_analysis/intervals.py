@@ -93,17 +93,20 @@ def seed_stretch(n_seeds: int) -> float:
 
 
 def resampled_means(outcomes: np.ndarray, resamples: Resamples) -> np.ndarray:
-    """Mean outcome in each bootstrap sample, never outside the range of the outcomes.
+    """Mean outcome in each bootstrap sample: not below 0 if no outcome is, not above 1 if all are 0 or 1.
 
     `outcomes` is (seeds, items); a single row is an outcome that no seed changes.
     """
     n_seeds, n_items = outcomes.shape
     starts = np.arange(0, n_items, resamples.block)
-    sums = np.add.reduceat(outcomes.astype(np.float64), starts, axis=1)
+    # Counted from the lowest, the means of equal outcomes are exact.
+    lowest = outcomes.min()
+    sums = np.add.reduceat(outcomes.astype(np.float64) - lowest, starts, axis=1)
     by_seed = resamples.items @ sums.T
     drawn = resamples.items @ np.diff(np.append(starts, n_items))
     means = by_seed[:, 0] / drawn if n_seeds == 1 else (by_seed * resamples.seeds).sum(axis=1) / (n_seeds * drawn)
-    return np.clip(means, outcomes.min(), outcomes.max())
+    right_or_wrong = ((outcomes == 0) | (outcomes == 1)).all()
+    return np.clip(lowest + means, 0.0 if lowest >= 0 else -np.inf, 1.0 if right_or_wrong else np.inf)
 
 
 def percentile_interval(value: float, samples: np.ndarray) -> Interval:

@@ -66,7 +66,7 @@ def protocols(evaluations: Mapping[str, Sequence[Evaluation]]) -> str:
     for pair, own in evaluations.items():
         for evaluation in own:
             pairs.setdefault(f"{evaluation.name}: {evaluation.protocol}", []).append(pair)
-    return "\n".join(f"- *{', '.join(names)}*, {protocol}" for protocol, names in pairs.items())
+    return "\n".join(f"- *{'; '.join(names)}*, {protocol}" for protocol, names in pairs.items())
 
 
 def scope_text(scope: str, pairs: Sequence[Pair]) -> str:

@@ -54,6 +54,7 @@ def measure_tolerance(
     executor: Executor | None = None,
     *,
     drop_rates: Sequence[float] = (),
+    resolution: float = RESOLUTION,
     device: str = "cpu",
     progress: TextIO | None = None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -69,6 +70,7 @@ def measure_tolerance(
     evaluations : as in `sweep`, one for each pair. Its metric, the first if it has several, falls as a
         model breaks, as that of `ExactMatch` does, or is a perplexity.
     drop_rates : where to begin, besides 0; those of a sweep into the same `out_dir` cost nothing.
+    resolution : the search ends when its bracket is this narrow on log(p/(1-p)); above 0.
 
     Returns
     -------
@@ -107,17 +109,26 @@ def measure_tolerance(
             if rates:
                 metrics[pair] = metric_named(here["metric"].iloc[0])
                 outcomes[pair] |= {rate: outcome_matrix(here[here["drop_rate"] == rate]) for rate in rates}
-        rates_next = {pair: next_rate(metrics[pair], outcomes[pair]) for pair in pairs}
+        rates_next = {pair: next_rate(metrics[pair], outcomes[pair], resolution) for pair in pairs}
         wanted = {pair: [] if rate is None else [rate] for pair, rate in rates_next.items()}
     release_pairs()
-    rows = []
-    for pair in pairs:
-        tolerated, low, high = tolerated_interval(metrics[pair], outcomes[pair])
-        untouched = float(metrics[pair].value(outcomes[pair][0.0].mean()))
-        row = {"pair": pair.name, "method": edit.pruner.method, "scope": edit.scope, "tolerated": tolerated}
-        kept = kept_shares(metrics[pair], outcomes[pair]).get(1.0, math.nan)
-        rows.append({**row, "low": low, "high": high, "untouched": untouched, "kept_at_1": kept})
-    return pd.DataFrame(rows), pd.concat(tables, ignore_index=True)
+    found = [_tolerance(pair, edit, metrics[pair], outcomes[pair]) for pair in pairs]
+    return pd.DataFrame(found), pd.concat(tables, ignore_index=True)
+
+
+def _tolerance(pair: Pair, edit: Edit, metric: Metric, outcomes: Mapping[float, np.ndarray]) -> dict[str, object]:
+    """One row of the table of `measure_tolerance`."""
+    tolerated, low, high = tolerated_interval(metric, outcomes)
+    return {
+        "pair": pair.name,
+        "method": edit.pruner.method,
+        "scope": edit.scope,
+        "tolerated": tolerated,
+        "low": low,
+        "high": high,
+        "untouched": float(metric.value(outcomes[0.0].mean())),
+        "kept_at_1": kept_shares(metric, outcomes).get(1.0, math.nan),
+    }
 
 
 def _only_one(pair: Pair, evaluations: Evaluations) -> Evaluation:
@@ -144,7 +155,7 @@ def kept_shares(metric: Metric, outcomes: Mapping[float, np.ndarray]) -> dict[fl
     return {rate: float(metric.kept_share(outcomes[rate].mean(), untouched)) for rate in sorted(outcomes)}
 
 
-def next_rate(metric: Metric, outcomes: Mapping[float, np.ndarray]) -> float | None:
+def next_rate(metric: Metric, outcomes: Mapping[float, np.ndarray], resolution: float = RESOLUTION) -> float | None:
     """The drop rate to evaluate next, None when the bracket is narrow enough."""
     shares = kept_shares(metric, outcomes)
     inner = [rate for rate in shares if LOWEST <= rate <= HIGHEST]
@@ -154,7 +165,7 @@ def next_rate(metric: Metric, outcomes: Mapping[float, np.ndarray]) -> float | N
         return HIGHEST if passing != HIGHEST else None
     if passing is None:
         return LOWEST if failing != LOWEST else None
-    if logit(failing) - logit(passing) <= RESOLUTION:
+    if logit(failing) - logit(passing) <= resolution:
         return None
     return inverse_logit((logit(passing) + logit(failing)) / 2)
 
@@ -195,14 +206,13 @@ def tolerance_difference(one: pd.Series, other: pd.Series) -> Interval:
     widths add as squares, each side by itself. A tolerance at an end of the search is only a bound, so
     that the difference is open on that side.
     """
-    a, b = ([_open_logit(row[column]) for column in ("tolerated", "low", "high")] for row in (one, other))
-    value = logit(one["tolerated"]) - logit(other["tolerated"])
-    a[0], b[0] = logit(one["tolerated"]), logit(other["tolerated"])
+    a, b = _with_open_ends(one), _with_open_ends(other)
+    value = a[0] - b[0]
     return Interval(value, value - math.hypot(a[0] - a[1], b[2] - b[0]), value + math.hypot(a[2] - a[0], b[0] - b[1]))
 
 
-def _open_logit(rate: float) -> float:
-    """The logit of a drop rate, infinite at the ends of the search."""
-    if rate >= HIGHEST - END or rate <= LOWEST + END:
-        return math.copysign(math.inf, rate - 0.5)
-    return logit(rate)
+def _with_open_ends(row: pd.Series) -> tuple[float, float, float]:
+    """A tolerance and its interval on log(p/(1-p)), infinite where an end of the search is only a bound."""
+    low = -math.inf if row["low"] <= LOWEST + END else logit(row["low"])
+    high = math.inf if row["high"] >= HIGHEST - END else logit(row["high"])
+    return logit(row["tolerated"]), low, high

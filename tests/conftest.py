@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import json
-from collections.abc import Callable, Mapping
+import secrets
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import pytest
+import ray
 import torch
 from safetensors.torch import save_file
 
@@ -46,6 +51,25 @@ def save_checkpoint(tmp_path: Path) -> SaveCheckpoint:
         return folder
 
     return save
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[None]:
+    """A Ray cluster of two cores, on this machine."""
+    # A short path of its own: Ray's sockets lie in it, and their names are limited in length.
+    with (
+        tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder,
+        pytest.MonkeyPatch.context() as environment,
+    ):
+        # Else Ray writes a token into the home directory.
+        environment.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR", _temp_dir=folder)
+        yield
+        ray.shutdown()
+        with warnings.catch_warnings():
+            # Ray lets go of the processes that it has ended without having waited for them.
+            warnings.simplefilter("ignore", ResourceWarning)
+            gc.collect()
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from delta_analysis.cells import SCHEMA, CellStore, Row, content, digest
 from delta_analysis.editable import Edit
-from delta_analysis.evaluate import ExactMatch, Question
+from delta_analysis.evaluate import Classification, ExactMatch, Labelled, LmEval, Question, harness
 from delta_analysis.pruning import Dare, MagPrune
 
 ROW: Row = dict.fromkeys(SCHEMA.names) | {
@@ -58,6 +58,32 @@ def test_content_is_classes_and_fields() -> None:
         "scope": "attention",
     }
     assert content((None, True, 1, 0.5, "a", (Nested(),))) == [None, True, 1, 0.5, "a", [content(Nested())]]
+
+
+QUESTIONS = (Question("2+2=", "4"),)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (ExactMatch(QUESTIONS), ExactMatch(QUESTIONS, batch_size=3)),
+        (Classification((Labelled("a", 1),)), Classification((Labelled("a", 1),), batch_size=3)),
+        (LmEval(("gsm8k",)), LmEval(("gsm8k",), batch_size=3, allow_code=True)),
+    ],
+    ids=["exact match", "classification", "harness"],
+)
+def test_what_changes_speed_alone_is_no_part_of_the_content(one: Any, other: Any) -> None:
+    assert one != other
+    assert content(one) == content(other)
+    # All else is.
+    assert content(one) != content(replace(one, name="another"))
+    assert content(Edit(Dare(0.5), "mlp")) != content(Edit(Dare(0.5)))
+
+
+def test_another_version_of_the_harness_is_another_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = content(LmEval(("gsm8k",)))
+    monkeypatch.setattr(harness, "_version", lambda: "0.0.1")
+    assert content(LmEval(("gsm8k",))) == before | {"version": "0.0.1"} != before  # type: ignore[operator]
 
 
 @pytest.mark.parametrize(

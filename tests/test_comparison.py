@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -52,6 +54,13 @@ def test_lead_is_the_difference_of_kept_shares(cells: pd.DataFrame) -> None:
     assert 0 < ahead.low < ahead.value < ahead.high
     behind = lead(at, "MP", "DARE")
     np.testing.assert_allclose(behind, (-ahead.value, -ahead.high, -ahead.low))
+
+
+@pytest.mark.parametrize("compare", [lambda cells: lead(cells, "DARE", "MP"), best_methods], ids=["lead", "best"])
+def test_methods_are_compared_by_one_metric(cells: pd.DataFrame, compare: Callable[[pd.DataFrame], object]) -> None:
+    at = cells[cells["drop_rate"].isin([0.0, 0.5])]
+    with pytest.raises(ValueError, match="compared by one metric; these cells have accuracy, kl, give those of one"):
+        compare(pd.concat([at, at.assign(metric="kl")], ignore_index=True))
 
 
 def test_methods_are_compared_on_the_same_items(cells: pd.DataFrame) -> None:

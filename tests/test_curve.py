@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from delta_analysis.curve import drop_curve, outcome_matrix
+from delta_analysis.curve import drop_curve, first_metric, outcome_matrix
 from delta_analysis.intervals import MEAN, PERPLEXITY, metric_interval
 
 KEYS = ["pair", "method", "scope", "evaluation", "metric", "drop_rate"]
@@ -105,3 +105,26 @@ def test_cells_that_failed_are_left_out() -> None:
     wrong = {**cell("DARE", 0.9, 1, []), "metric": None, "outcomes": None}
     curve = drop_curve(pd.DataFrame([cell("DARE", 0.9, 0, [1, 0]), wrong]))
     assert curve[["drop_rate", "seeds", "value"]].to_numpy().tolist() == [[0.9, 1, 0.5]]
+
+
+def test_the_first_metric_of_the_first_evaluation_of_each_pair() -> None:
+    cells = pd.DataFrame(
+        [
+            cell(method, rate, seed, [1.0], pair=pair, evaluation=evaluation, metric=metric)
+            for pair, judged in {
+                "b": [("read", "kl"), ("read", "accuracy"), ("asked", "kl")],
+                "a": [("asked", "accuracy"), ("text", "perplexity"), ("read", "accuracy")],
+            }.items()
+            for method in ("DARE", "MP")
+            for rate in (0.0, 0.5)
+            for seed in range(2)
+            for evaluation, metric in judged
+        ]
+    )
+    first = first_metric(cells)
+    labels = first[["pair", "evaluation", "metric"]].drop_duplicates().to_numpy().tolist()
+    assert labels == [["b", "read", "kl"], ["a", "asked", "accuracy"]]
+    # Every cell once, as it was.
+    assert len(first) == len(cells) // 3
+    pd.testing.assert_frame_equal(first, cells.loc[first.index])
+    pd.testing.assert_frame_equal(first_metric(first), first)

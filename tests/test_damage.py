@@ -107,12 +107,14 @@ def test_summary_averages_over_seeds_with_an_interval() -> None:
     )
     summary = damage_summary(damages).set_index("method")
     assert summary.loc["DARE", ["seeds", "parameter_error", "drift"]].tolist() == [2, 9, 2.5]
-    assert 1 <= summary.loc["DARE", "low"] < 2.5 < summary.loc["DARE", "high"] <= 4
+    # Two seeds say little: the interval goes beyond both, but a divergence is never negative.
+    assert 0 <= summary.loc["DARE", "low"] < 1.5
+    assert summary.loc["DARE", "high"] > 3.5
     assert summary.loc["MP", ["drift", "low", "high"]].tolist() == [1, 1, 1]
 
 
 def test_rank_agreement_is_spearmans_correlation() -> None:
-    drifts = {"DARE": [[3.0, 3.1], [3.2, 3.0]], "MP": [[1.0, 1.1]], "drop only": [[2.0, 2.1], [2.0, 2.2]]}
+    drifts = {"DARE": [[3.0, 3.1], [3.2, 3.0]] * 2, "MP": [[1.0, 1.1]], "drop only": [[2.0, 2.1], [2.0, 2.2]] * 2}
     damages = table(drifts, parameter_error=[9, 1, 3], layer_error=[1, 2, 3], signal_kept=[1.0, 4.0, 0.1])
     assert tuple(rank_agreement(damages, "parameter_error")) == pytest.approx((1, 1, 1))
     assert rank_agreement(damages, "layer_error").value == pytest.approx(-0.5)

@@ -17,7 +17,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from delta_analysis import editable
 from delta_analysis.checkpoint import open_checkpoint
-from delta_analysis.editable import Edit, EditablePair, Pair, held_pair, release_pairs
+from delta_analysis.delta import load_delta
+from delta_analysis.editable import (
+    Edit,
+    EditablePair,
+    Pair,
+    editable_shapes,
+    edited_source,
+    held_pair,
+    release_pairs,
+)
 from delta_analysis.loading import load_model
 from delta_analysis.pruning import Dare, Magnitude, MagPrune, Pruner, prepared
 from delta_analysis.scope import in_scope
@@ -283,6 +292,30 @@ def test_a_change_of_a_tied_head_leaves_the_embeddings(family: Family, adapter: 
         assert torch.equal(edited.model.get_input_embeddings().weight, family.base_weights[EMBED])
     with loaded.edited(Edit(Dare(1)), 0) as edited:
         np.testing.assert_array_equal(logits(edited.model), base)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+def test_what_is_edited_is_the_base_of_what_is_no_model(family: Family, adapter: Callable[..., Path]) -> None:
+    base, tuned = str(family.base), str(family.finetuned)
+    assert edited_source(Pair("whole", base, tuned)) == tuned
+    assert edited_source(Pair("alone", None, tuned)) == tuned
+    assert edited_source(Pair("adapter", base, str(adapter("up_proj")))) == base
+
+
+def test_editable_are_the_tensors_of_the_delta_but_no_classifiers_head(family: Family) -> None:
+    shapes = editable_shapes(load_delta(base=family.base, finetuned=family.finetuned))
+    assert shapes == {name: tuple(weight.shape) for name, weight in family.base_weights.items()}
+    for base in ("zoo:encoder/base", None):
+        delta = load_delta(base=base, finetuned="zoo:encoder/strings")
+        loaded = EditablePair.load(Pair("classifier", base, "zoo:encoder/strings"))
+        shapes = editable_shapes(delta)
+        assert shapes == {name: tuple(tensor.shape) for name, tensor in loaded.delta.items()}
+        left_out = set(delta.compared) - set(shapes)
+        assert all("classifier" in name for name in left_out)
+        assert bool(left_out) == (base is None)
+    # A language model may have a tensor of that name.
+    names = editable_shapes(load_delta(finetuned="zoo:small/math", base=None))
+    assert names == {name: tuple(tensor.shape) for name, tensor in open_checkpoint("zoo:small/math").items()}
 
 
 @pytest.mark.parametrize("base", ["zoo:encoder/base", "zoo:encoder/code", None])

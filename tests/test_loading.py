@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from delta_analysis.checkpoint import open_checkpoint
-from delta_analysis.loading import load_model, load_tokenizer
+from delta_analysis.loading import check_device, load_model, load_tokenizer
 from delta_analysis.zoo.tokenizer import character_tokenizer
 from tests.evaluate.conftest import ids_of, tiny_model
 
@@ -37,3 +38,17 @@ def test_tokenizer_without_padding_pads_with_its_end(tmp_path: Path) -> None:
     read = load_tokenizer(open_checkpoint(tmp_path))
     assert read.pad_token == "\n"
     assert read(["a", "abc"], padding=True)["attention_mask"] == [[0, 0, 1], [1, 1, 1]]
+
+
+def test_a_device_is_one_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for device in ("cpu", "cuda", "cuda:0", "cuda:1"):
+        check_device(device)
+    with pytest.raises(ValueError, match="^device must be one of cpu, cuda:0, cuda:1; not 'cuda:2'$"):
+        check_device("cuda:2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    check_device("cpu")
+    with pytest.raises(ValueError, match="^device must be one of cpu; not 'cuda'$"):
+        check_device("cuda")

@@ -93,7 +93,7 @@ def test_pairs_that_are_judged_alike_share_a_line() -> None:
     text = TextPerplexity("some text", name="own.txt")
     lines = protocols({"a → b": (questions,), "c → d": (text, questions)}).splitlines()
     assert lines == [
-        f"- *a → b, c → d*, sums: {questions.protocol}",
+        f"- *a → b; c → d*, sums: {questions.protocol}",
         f"- *c → d*, own.txt: {text.protocol}",
     ]
 

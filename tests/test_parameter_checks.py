@@ -12,7 +12,7 @@ from delta_analysis.evaluate import Classification, ExactMatch, LmEval, TextPerp
 from delta_analysis.family import TASK_PAIRS, TASKS, Relation, questions_file, sample_text_file
 from delta_analysis.parameter_checks import (
     ParameterError,
-    check_device,
+    check_device_parameter,
     check_integer,
     check_model,
     check_out_dir,
@@ -54,9 +54,9 @@ def test_integers_are_integers_of_at_least_the_lowest(value: object) -> None:
 
 
 def test_devices_are_those_that_are_there() -> None:
-    check_device("cpu")
+    check_device_parameter("cpu")
     with pytest.raises(ParameterError, match="parameter device: must be one of cpu.*; not 'cud'"):
-        check_device("cud")
+        check_device_parameter("cud")
 
 
 def test_the_folder_of_results_is_made_or_refused(tmp_path: Path) -> None:

@@ -117,6 +117,32 @@ def test_evaluations_follow_the_model_the_name_or_the_file(tmp_path: Path) -> No
     assert _judged_by(evaluation=str(text)) == TextPerplexity("some text", name="own.txt")
 
 
+@pytest.mark.parametrize("size", SIZES)
+def test_the_task_of_an_embedded_model_is_known_whatever_its_size(size: str) -> None:
+    for name in ("instruct", "math", "code"):
+        evaluation = _judged_by(base=f"zoo:{size}/base", finetuned=f"zoo:{size}/{name}", n_questions=7)
+        assert isinstance(evaluation, ExactMatch)
+        assert (evaluation.name, len(evaluation.questions)) == (name, 7)
+
+
+@pytest.mark.parametrize(("name", "task"), [("strings", "strings-right"), ("code", "code-right")])
+def test_the_task_of_an_embedded_encoder_is_known(name: str, task: str) -> None:
+    evaluation = _judged_by(base="zoo:encoder/base", finetuned=f"zoo:encoder/{name}", n_questions=7)
+    assert isinstance(evaluation, Classification)
+    assert evaluation == _judged_by(
+        base="zoo:encoder/base", finetuned="zoo:encoder/strings", evaluation=task, n_questions=7
+    )
+
+
+def test_texts_to_read_are_those_of_the_evaluation_or_the_sample() -> None:
+    of_harness = replace(ABLATION, **PAIR, evaluation="lm-eval:gsm8k")  # type: ignore[arg-type]
+    (((sample,),),) = (of_harness.readable().values(),)
+    assert sample == TextPerplexity(sample_text_file().read_text(), name=sample.name)
+    assert ABLATION.readable() == ABLATION.evaluations()
+    every = ModelSizeParameters(**SHARED)  # type: ignore[arg-type]
+    assert every.readable() == every.evaluations()
+
+
 def test_a_file_of_labels_makes_it_a_classification(tmp_path: Path) -> None:
     encoder = {"base": "zoo:encoder/base", "finetuned": "zoo:encoder/strings"}
     by_name = _judged_by(**encoder, evaluation="strings-right", n_questions=9)

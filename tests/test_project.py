@@ -36,7 +36,7 @@ LAYERS = (
     ("delta", "intervals", "scope", "patching", "cells"),
     ("streaming", "saving"),
     ("ranges", "curve"),
-    ("evaluate.protocol", "evaluate.batching"),
+    ("evaluate.protocol", "evaluate.batching", "evaluate.beginning"),
     ("evaluate.generation", "evaluate.prepared"),
     ("evaluate.texts",),
     (

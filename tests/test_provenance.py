@@ -87,7 +87,8 @@ def test_what_a_model_is_made_of_matters(model: Path, change: Callable[[Path], o
 def test_what_stands_beside_does_not_matter(model: Path) -> None:
     before = content_hash(str(model))
     (model / "README.md").write_text("a model")
-    (model / "training.json").write_text("{}")
+    for name in ("training.json", "trainer_state.json", "all_results.json", "requirements.txt", "optimizer.pt"):
+        (model / name).write_text("{}")
     (model / ".git").mkdir()
     (model / "original").mkdir()
     (model / "original" / "params.json").write_text("{}")

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import secrets
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import CancelledError, as_completed
@@ -17,20 +15,6 @@ import ray
 import torch
 
 from delta_analysis.ray_executor import RayExecutor
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    # A short path of its own: Ray's sockets lie in it, and their names are limited in length.
-    with (
-        tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder,
-        pytest.MonkeyPatch.context() as environment,
-    ):
-        # Else Ray writes a token into the home directory.
-        environment.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR", _temp_dir=folder)
-        yield
-        ray.shutdown()
 
 
 @pytest.fixture

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import io
+import multiprocessing
 import pickle
 import shutil
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,14 +16,17 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from delta_analysis import editable
 from delta_analysis._errors import CheckpointError
+from delta_analysis.cells import CellStore
 from delta_analysis.checkpoint import open_checkpoint
 from delta_analysis.editable import Edit, EditablePair, Pair
 from delta_analysis.evaluate import ExactMatch, Question, load_questions
 from delta_analysis.family import questions_file
 from delta_analysis.intervals import metric_interval, metric_named
+from delta_analysis.jobs import Job
 from delta_analysis.loading import load_model, load_tokenizer
 from delta_analysis.provenance import content_hash, versions
 from delta_analysis.pruning import Dare, Magnitude, MagPrune
@@ -42,6 +47,8 @@ from tests.tiny_family import (
     without_seconds,
 )
 
+# Its name in the package is that of the function.
+sweep_module = importlib.import_module("delta_analysis.sweep")
 LABELS = ["pair", "method", "drop_rate", "rescale", "scope", "seed", "evaluation", "metric"]
 MEASURES = ["value", "low", "high", "achieved_drop_rate", "seconds", "outcomes"]
 ORIGIN = ["device", "versions", "base_hash", "finetuned_hash", "error"]
@@ -253,6 +260,70 @@ def test_a_source_that_cannot_be_read_is_refused_before_any_work(family: Family,
     with pytest.raises(CheckpointError, match="no such file or directory"):
         sweep([family.pair(), Pair("lost", None, str(tmp_path / "a" / "b"))], [Dare(0)], [logs], [0], tmp_path / "out")
     assert calls(logs) == 0
+
+
+@pytest.mark.parametrize("device", ["cud", "gpu", "cuda:99"])
+def test_an_unknown_device_is_refused_before_any_work(family: Family, logs: Logs, tmp_path: Path, device: str) -> None:
+    with pytest.raises(ValueError, match=f"device must be one of cpu.*; not '{device}'"):
+        sweep([family.pair()], [Dare(0)], [logs], [0], tmp_path / "out", device=device)
+    assert calls(logs) == 0
+    assert not cells_of(tmp_path)
+
+
+def test_forked_processes_are_refused_before_any_work(family: Family, logs: Logs, tmp_path: Path) -> None:
+    with (
+        ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool,
+        pytest.raises(ValueError, match=r"processes are forked, in which torch hangs; give .*get_context\(\"spawn\"\)"),
+    ):
+        sweep([family.pair()], [Dare(0)], [logs], [0], tmp_path / "out", pool)
+    assert calls(logs) == 0
+    assert not cells_of(tmp_path)
+
+
+def workers(jobs: list[Job]) -> int:
+    with sweep_module._pool(jobs) as pool:
+        assert isinstance(pool, ThreadPoolExecutor)
+        return pool._max_workers
+
+
+@pytest.fixture
+def _three_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep_module.torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(sweep_module, "single_threaded_pool", ThreadPoolExecutor)
+
+
+def jobs_of(pair: Pair, count: int, folder: Path, device: str = "cpu") -> list[Job]:
+    return [Job(pair, None, seed, ("", ""), device, CellStore(folder), ()) for seed in range(count)]
+
+
+@pytest.mark.usefixtures("_three_cores")
+def test_small_models_are_judged_one_a_core(family: Family, tmp_path: Path) -> None:
+    assert [workers(jobs_of(family.pair(), count, tmp_path)) for count in (1, 2, 3, 9)] == [1, 2, 3, 3]
+    assert workers(jobs_of(family.pair(), 9, tmp_path, "cuda")) == 1
+
+
+@pytest.mark.usefixtures("_three_cores")
+def test_a_model_in_shards_counts_as_a_whole(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load_model(open_checkpoint(family.finetuned)).save_pretrained(tmp_path / "shards", max_shard_size="3KB")
+    jobs = jobs_of(Pair("shards", str(family.base), str(tmp_path / "shards")), 9, tmp_path)
+    sizes = [path.stat().st_size for path in (tmp_path / "shards").glob("*.safetensors")]
+    assert len(sizes) > 1
+    for limit, expected in ((sum(sizes) + 1, 3), (sum(sizes), 1), (max(sizes) + 1, 1)):
+        monkeypatch.setattr(sweep_module, "LARGE", limit)
+        assert workers(jobs) == expected
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+@pytest.mark.usefixtures("_three_cores")
+def test_an_adapter_counts_by_its_base(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = get_peft_model(load_model(open_checkpoint(family.base)), LoraConfig(r=1, target_modules=["up_proj"]))
+    adapter.save_pretrained(tmp_path / "adapter")
+    pair = Pair("adapter", str(family.base), str(tmp_path / "adapter"))
+    size = (family.base / "model.safetensors").stat().st_size
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size < size / 2
+    for limit, expected in ((size + 1, 3), (size, 1)):
+        monkeypatch.setattr(sweep_module, "LARGE", limit)
+        assert workers(jobs_of(pair, 9, tmp_path)) == expected
 
 
 def test_seeds_may_come_from_numpy_and_are_whole(family: Family, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from peft import LoraConfig, get_peft_model
 
 from delta_analysis.checkpoint import open_checkpoint
 from delta_analysis.editable import Edit, Pair
+from delta_analysis.evaluate import ExactMatch, Question
 from delta_analysis.loading import load_model
 from delta_analysis.provenance import content_hash, versions
 from delta_analysis.pruning import Dare, Magnitude, MagPrune
@@ -83,6 +85,30 @@ def test_nor_is_the_place_of_a_checkpoint(family: Family, logs: Logs, tmp_path: 
     assert calls(logs) == 1
     (moved[0] / "chat_template.jinja").write_text("{{ messages }}")
     sweep([Pair("moved", *map(str, moved))], [Dare(0.5)], [logs], [0], tmp_path / "out")
+    assert calls(logs) == 1
+
+
+def test_how_many_questions_are_read_together_is_no_part_of_a_cell(family: Family, tmp_path: Path) -> None:
+    questions = tuple(Question(f"{i}+1=", f"{i + 1}\n") for i in range(5))
+    tables = [
+        sweep([family.pair()], [Dare(0.5)], [ExactMatch(questions, batch_size=size)], [0], tmp_path) for size in (1, 20)
+    ]
+    pd.testing.assert_frame_equal(*tables)
+    assert len(cells_of(tmp_path)) == 1
+
+
+def test_what_a_training_left_beside_the_weights_is_no_part_of_a_cell(
+    family: Family, logs: Logs, tmp_path: Path
+) -> None:
+    tuned = shutil.copytree(family.finetuned, tmp_path / "tuned")
+    pair = Pair("base → tuned", str(family.base), str(tuned))
+    sweep([pair], [Dare(0.5)], [logs], [0], tmp_path / "out")
+    (tuned / "trainer_state.json").write_text('{"global_step": 500}')
+    sweep([pair], [Dare(0.5)], [logs], [0], tmp_path / "out")
+    assert calls(logs) == 1
+    tokenizer = json.loads((tuned / "tokenizer.json").read_text())
+    (tuned / "tokenizer.json").write_text(json.dumps(tokenizer, indent=1))
+    sweep([pair], [Dare(0.5)], [logs], [0], tmp_path / "out")
     assert calls(logs) == 1
 
 

@@ -18,7 +18,6 @@ from delta_analysis.editable import Edit
 from delta_analysis.pruning import Dare, Magnitude
 from delta_analysis.ray_executor import RayExecutor
 from delta_analysis.sweep import sweep
-from tests.test_ray_executor import cluster  # noqa: F401 (a fixture)
 from tests.tiny_family import UP, Judge, Reads, flat, make_family, without_seconds
 
 pytestmark = pytest.mark.usefixtures("cluster")

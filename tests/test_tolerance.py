@@ -18,9 +18,10 @@ from scipy.special import expit, ndtri
 from scipy.special import logit as scipy_logit
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from delta_analysis.editable import Edit, Pair
+from delta_analysis import editable
+from delta_analysis.editable import Edit, EditablePair, Pair
 from delta_analysis.intervals import MEAN, PERPLEXITY, Interval, Metric
-from delta_analysis.pruning import Dare, Magnitude, Pruner
+from delta_analysis.pruning import Dare, Magnitude, MagPrune, Pruner
 from delta_analysis.sweep import Evaluations, SweepError, sweep
 from delta_analysis.tolerance import (
     KEPT_SHARE,
@@ -474,14 +475,64 @@ def test_executors_give_the_same(pair: Pair, tmp_path: Path) -> None:
     [
         ([KeepsUntil(0.7), LossOfZeros()], "'one' follows from one, not 2"),
         ({"two": [KeepsUntil(0.7)]}, "none is given for pair 'one'"),
-        ([KeepsUntil(0.7, metrics=("accuracy", "kl"))], "one metric; this evaluation gives accuracy, kl"),
         ([KeepsUntil(-1.0)], "answers something; this one is always wrong"),
     ],
-    ids=["two evaluations", "none of its own", "two metrics", "always wrong"],
+    ids=["two evaluations", "none of its own", "always wrong"],
 )
 def test_what_no_tolerance_follows_from(pair: Pair, tmp_path: Path, evaluations: Evaluations, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         measure_tolerance([pair], Dare(0.5), evaluations, SEEDS, tmp_path)
+
+
+@pytest.mark.parametrize("metrics", [("accuracy", "kl"), ("accuracy", "perplexity")])
+def test_the_first_of_several_metrics_counts(pair: Pair, tmp_path: Path, metrics: tuple[str, ...]) -> None:
+    alone, _ = measure_tolerance([pair], Dare(0.5), [KeepsUntil(0.7)], SEEDS, tmp_path / "one")
+    several = KeepsUntil(0.7, metrics=metrics)
+    tolerances, cells = measure_tolerance([pair], Dare(0.5), [several], SEEDS, tmp_path / "both")
+    pd.testing.assert_frame_equal(tolerances, alone)
+    assert set(cells["metric"]) == set(metrics)
+
+
+def test_a_window_too_wide_for_the_ends_of_the_search_is_refused_at_once(pair: Pair, tmp_path: Path) -> None:
+    evaluation = KeepsUntil(0.7, str(tmp_path / "calls"))
+    with pytest.raises(ValueError, match="window"):
+        measure_tolerance([pair], MagPrune(0.5, 0.2), [evaluation], SEEDS, tmp_path, drop_rates=[0.5])
+    assert not (tmp_path / "calls").exists()
+    tolerances, _ = measure_tolerance([pair], MagPrune(0.5, 0.001), [evaluation], [0], tmp_path, drop_rates=[0.5])
+    assert logit(tolerances["tolerated"][0]) == pytest.approx(logit(0.7), abs=RESOLUTION + 0.1)
+
+
+def test_a_large_pair_is_loaded_once(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is held for all drop rates, and let go in the end."""
+    loaded: list[str] = []
+    load = EditablePair.load
+
+    def counted(pair: Pair, device: str) -> EditablePair:
+        loaded.append(pair.name)
+        return load(pair, device)
+
+    monkeypatch.setattr(EditablePair, "load", counted)
+    monkeypatch.setattr(editable, "HELD_BYTES", 0)
+    editable.release_pairs()
+    measure_tolerance([pair], Dare(0.5), [KeepsUntil(0.7)], [0], tmp_path)
+    assert loaded == ["one"]
+    assert not editable._held
+
+
+@pytest.mark.parametrize(("n_seeds", "spread"), [(3, 0.3), (5, 0.3), (5, 0.8)])
+def test_interval_of_few_seeds_holds_the_true_crossing(n_seeds: int, spread: float) -> None:
+    """Masks that differ in what they keep, 200 repetitions; a plain bootstrap of three seeds covers about 0.75."""
+    rng = np.random.default_rng(2)
+    scale = np.linspace(-3, 6, 37)
+    truth = 2 + 0.05
+    covered = 0
+    for _ in range(200):
+        effects = spread * rng.normal(size=(n_seeds, 1))
+        # What is kept falls by all that is there over a unit of the scale, shifted by the mask.
+        outcomes = {inverse_logit(x): np.repeat(1 - (x - 2 - effects), 50, axis=1) for x in scale}
+        interval = tolerated_interval(MEAN, {0.0: np.ones((1, 50)), **outcomes})
+        covered += logit(interval.low) <= truth <= logit(interval.high)
+    assert 0.90 < covered / 200 < 0.99
 
 
 def test_cells_that_fail_are_an_error(pair: Pair, tmp_path: Path) -> None:
@@ -504,7 +555,26 @@ def test_difference_of_two_tolerances_by_hand() -> None:
     assert difference == pytest.approx((1.5, 1.5 - math.hypot(3, 4), 1.5 + math.hypot(0.5, 1.2)))
 
 
-ROWS = st.tuples(st.floats(-6, 6), st.floats(0, 1), st.floats(0, 1)).map(lambda t: row(t[0], t[0] - t[1], t[0] + t[2]))
+def test_a_tolerance_beyond_the_search_leaves_the_difference_open_on_its_side() -> None:
+    def at(value: float, low: float, high: float) -> pd.Series:
+        return pd.Series({"tolerated": value, "low": low, "high": high})
+
+    known, above, below = at(0.5, 0.4, 0.6), at(0.999, 0.999, 0.999), at(0.001, 0.001, 0.001)
+    to_highest, spread = logit(0.999), logit(0.6)
+    assert tolerance_difference(above, known) == pytest.approx((to_highest, to_highest - spread, math.inf))
+    assert tolerance_difference(known, above) == pytest.approx((-to_highest, -math.inf, spread - to_highest))
+    assert tolerance_difference(below, known) == pytest.approx((-to_highest, -math.inf, spread - to_highest))
+    assert tolerance_difference(above, below) == pytest.approx((2 * to_highest, 2 * to_highest, math.inf))
+    assert tolerance_difference(above, above) == (0, -math.inf, math.inf)
+    # An interval that reaches an end is open there, wherever the tolerance itself is.
+    reaching = tolerance_difference(at(0.5, 0.4, 0.999), known)
+    assert reaching == pytest.approx((0, -math.hypot(spread, spread), math.inf))
+    assert tolerance_difference(at(0.5, 0.001, 0.6), known).low == -math.inf
+
+
+ROWS = st.tuples(st.floats(-5.5, 5.5), st.floats(0, 1), st.floats(0, 1)).map(
+    lambda t: row(t[0], t[0] - t[1], t[0] + t[2])
+)
 
 
 @given(ROWS, ROWS)

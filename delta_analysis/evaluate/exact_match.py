@@ -82,7 +82,7 @@ class ExactMatch:
     questions: tuple[Question, ...]
     name: str = "exact match"
     chat_template: bool = False
-    batch_size: int = field(default=20, metadata=SPEED)
+    batch_size: int = field(default=64, metadata=SPEED)
 
     def __post_init__(self) -> None:
         if not self.questions:

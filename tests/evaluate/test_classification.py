@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from delta_analysis.checkpoint import open_checkpoint
+from delta_analysis.editable import EditablePair, Pair
 from delta_analysis.evaluate.classification import Classification, Labelled, load_labelled
 from delta_analysis.loading import load_model, load_tokenizer
 from delta_analysis.paths import find_root
@@ -69,6 +70,27 @@ def test_each_example_is_right_or_wrong_as_on_its_own(
     assert outcomes["accuracy"].dtype == np.float64
     assert outcomes["accuracy"].tolist() == expected
     assert evaluation(model, TOKENIZER)["accuracy"].tolist() == expected
+
+
+@pytest.mark.parametrize("pad", [None, 0, 9], ids=["none", "the tokenizer's", "another"])
+def test_a_decoder_finds_the_end_of_a_padded_text(
+    examples: tuple[Labelled, ...], tmp_path: Path, pad: int | None
+) -> None:
+    model = classifier("decoder")
+    model.config.pad_token_id = pad
+    model.save_pretrained(tmp_path)
+    TOKENIZER.save_pretrained(tmp_path)
+    assert open_checkpoint(tmp_path).config.get("pad_token_id") == pad
+    expected = []
+    for example in examples:
+        with torch.no_grad():
+            hidden = model.model(input_ids=torch.from_numpy(encode(example.text))[None]).last_hidden_state
+        expected.append(float(model.score(hidden[0, -1]).argmax() == example.label))
+    loaded = EditablePair.load(Pair("alone", None, str(tmp_path)))
+    for size in (1, 50):
+        evaluation = loaded.prepared(Classification(examples, batch_size=size))
+        with loaded.edited(None, 0) as edited:
+            assert evaluation(edited.model, loaded.tokenizer)["accuracy"].tolist() == expected
 
 
 def test_an_embedded_encoder_reaches_the_accuracy_of_its_training() -> None:

@@ -210,7 +210,7 @@ def test_generation_is_greedy_whatever_the_checkpoint_prefers(
 @pytest.mark.parametrize("batch_size", [0, -1])
 def test_batch_size_below_one_is_an_error(batch_size: int) -> None:
     with pytest.raises(ValueError, match=f"batch_size must be at least 1; not {batch_size}"):
-        ExactMatch((), batch_size=batch_size)
+        ExactMatch((Question("a", "b"),), batch_size=batch_size)
 
 
 def test_what_is_prepared_judges_each_model_that_it_is_called_on(
@@ -248,8 +248,9 @@ def test_drafts_that_the_model_agrees_with_need_no_decoding(
     assert ready(answering_model, tokenizer)["accuracy"].all()
 
 
-def test_no_questions_have_no_outcomes(answering_model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    assert accuracy((), answering_model, tokenizer) == []
+def test_no_questions_are_refused() -> None:
+    with pytest.raises(ValueError, match="there is no question to judge a model on; expected at least one"):
+        ExactMatch(())
 
 
 def test_prompt_without_tokens_is_refused(
@@ -296,5 +297,8 @@ def test_protocol_says_how_many_questions_and_how_prompts_are_written() -> None:
 
 
 def test_exact_match_is_equal_by_value() -> None:
-    assert len({ExactMatch((Question("a", "b"),)), ExactMatch((Question("a", "b"),)), ExactMatch(())}) == 2
+    assert (
+        len({ExactMatch((Question("a", "b"),)), ExactMatch((Question("a", "b"),)), ExactMatch((Question("a", "c"),))})
+        == 2
+    )
     assert ExactMatch((Question("a", "b\n"),)).texts == ("ab\n",)

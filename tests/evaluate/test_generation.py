@@ -161,17 +161,21 @@ def test_end_of_sequence_ends_an_answer_as_a_newline_does() -> None:
     made = plan(model, tokenizer, prompts, lines, 8)
     finished = [float("\n" in text) for text in texts]
     assert matches(model, tokenizer, made).tolist() == finished
-    # Without an end, the same model goes on.
+    # Its tokenizer's end is one too, whatever the model's configuration says.
     model.generation_config.eos_token_id = None
+    assert matches(model, tokenizer, plan(model, tokenizer, prompts, lines, 8)).tolist() == finished
+    # Without an end, the same model goes on.
+    tokenizer.eos_token = None
     assert matches(model, tokenizer, plan(model, tokenizer, prompts, lines, 8)).sum() < sum(finished)
 
 
-@pytest.mark.parametrize("ends", [[1, 3], 1])
-def test_there_may_be_several_ends(ends: int | list[int]) -> None:
+@pytest.mark.parametrize("ends", [[5, 3], 4, None])
+def test_there_may_be_several_ends(ends: int | list[int] | None) -> None:
     tokenizer = subword_tokenizer()
     model = random_model(vocab_size=len(tokenizer), eos_token_id=1)
     model.generation_config.eos_token_id = ends
-    assert plan(model, tokenizer, ["a"], ["b"], 1).ends == set(np.atleast_1d(ends).tolist())
+    own = [] if ends is None else np.atleast_1d(ends).tolist()
+    assert plan(model, tokenizer, ["a"], ["b"], 1).ends == {*own, tokenizer.eos_token_id}
 
 
 def test_generation_that_never_decides_stops() -> None:

@@ -71,6 +71,26 @@ def test_a_classifier_reads_special_tokens_and_a_decoder_does_not() -> None:
     assert cut.ids.tolist() == [[MASK_ID, *inner, MASK_ID]]
 
 
+@pytest.mark.parametrize("model", [DECODER, CLASSIFIER], ids=["decoder", "classifier"])
+def test_the_shared_tokenizer_stays_as_it_is(model: LlamaForCausalLM | BertForSequenceClassification) -> None:
+    tokenizer = character_tokenizer()
+    assert next(token_batches(("abcdef",), model, tokenizer, most_tokens=3)).lengths == [3]
+    assert tokenizer.backend_tokenizer.truncation is None
+    assert tokenizer.backend_tokenizer.padding is None
+    assert len(tokenizer.backend_tokenizer.encode("abcdef").ids) == 6
+
+
+def test_padding_is_what_the_model_takes_for_it() -> None:
+    model = BertForSequenceClassification(BertConfig(vocab_size=98, pad_token_id=7, **SIZES))
+    assert next(token_batches(("a", "bcd"), model, character_tokenizer())).ids[0, 1:].tolist() == [7, 7]
+    model.config.pad_token_id = None
+    tokenizer = character_tokenizer()
+    assert next(token_batches(("a", "bcd"), model, tokenizer)).ids[0, 1:].tolist() == [0, 0]
+    tokenizer.pad_token = "z"
+    (pad,) = encode("z").tolist()
+    assert next(token_batches(("a", "bcd"), model, tokenizer)).ids[0, 1:].tolist() == [pad, pad]
+
+
 def test_a_text_without_tokens_is_named() -> None:
     with pytest.raises(ValueError, match="text 1 has no tokens"):
         list(token_batches(("a", "", "b"), DECODER, character_tokenizer()))

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from delta_analysis import plots
-from delta_analysis.plots.style import readable_on
+from delta_analysis.plots.style import is_share, metric_label, readable_on
 
 
 def test_names_keep_their_colour_in_order_of_appearance() -> None:
@@ -31,3 +31,24 @@ def test_methods_have_one_colour_everywhere() -> None:
 @pytest.mark.parametrize(("face", "text"), [("#000000", "white"), ("#ffffff", "black"), ("#F0E442", "black")])
 def test_text_is_readable_on_its_ground(face: str, text: str) -> None:
     assert readable_on(face) == text
+
+
+@pytest.mark.parametrize(
+    ("metric", "low", "high", "expected"),
+    [
+        ("accuracy", 0.0, 1.0, True),
+        ("arc/acc_norm", 0.3, 0.9, True),
+        ("similarity/2", 0.3, 0.9, True),
+        ("similarity/2", -0.1, 0.9, False),
+        ("top5_logit_mse", 0.0, 1.2, False),
+        ("perplexity", 0.3, 0.9, False),
+    ],
+)
+def test_a_share_is_a_mean_between_nothing_and_all(metric: str, low: float, high: float, expected: bool) -> None:
+    rows = [{"metric": metric, "low": 0.5, "value": 0.6, "high": 0.7}, {"metric": metric, "low": low, "high": high}]
+    assert is_share(pd.DataFrame(rows)) is expected
+
+
+def test_accuracy_says_of_what() -> None:
+    labels = [metric_label(pd.DataFrame({"metric": [metric]})) for metric in ("accuracy", "kl")]
+    assert labels == ["accuracy (exact match)", "kl"]
