@@ -72,9 +72,9 @@ class OutputDrift:
         return (
             "Divergence KL(unedited ‖ edited) of the next-token predictions in nats, and the mean squared difference "
             f"of the {self.top_k} logits that are largest in the unedited model, each meaned over the tokens of each "
-            f"of {len(self.texts)} texts cut to {self.most_tokens} tokens or the model's context (decoders without "
-            "special tokens, encoders with their tokenizer's; padding left out; of a classifier, one prediction a "
-            "text, of its classes). Intervals resample the texts."
+            f"of {len(self.texts)} texts cut to {self.most_tokens} tokens or the model's context (decoders after "
+            "their beginning-of-text token if they have one, encoders with their tokenizer's; padding left out; of a "
+            "classifier, one prediction a text, of its classes). Intervals resample the texts."
         )
 
     @torch.inference_mode()

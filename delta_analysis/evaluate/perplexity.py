@@ -24,7 +24,7 @@ class TextPerplexity:
 
     Parameters
     ----------
-    text : at least two tokens; it goes to the tokenizer as it is, without special tokens.
+    text : at least two tokens; read after the tokenizer's beginning-of-text token if it adds one.
     window : tokens that the model reads at once.
     stride : at least 1, at most `window - 1`.
     name : what tables call the evaluation.

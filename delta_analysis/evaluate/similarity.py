@@ -70,9 +70,9 @@ class HiddenSimilarity:
         return (
             "Cosine similarity between the hidden states of the edited and the unedited model, token by token in "
             f"float32 (two zero vectors: 1; one: 0), meaned over the tokens of each of {len(self.texts)} texts cut to "
-            f"{self.most_tokens} tokens or the model's context (decoders without special tokens, encoders with their "
-            "tokenizer's; padding left out). Layer 0 is the embedding output, layer l the output of block l before "
-            "any final norm. Intervals resample the texts."
+            f"{self.most_tokens} tokens or the model's context (decoders after their beginning-of-text token if "
+            "they have one, encoders with their tokenizer's; padding left out). Layer 0 is the embedding output, "
+            "layer l the output of block l before any final norm. Intervals resample the texts."
         )
 
     @torch.inference_mode()
