@@ -24,7 +24,8 @@ def executor(cluster: None) -> Iterator[RayExecutor]:
 
 
 def wait_for(path: Path) -> None:
-    for _ in range(6000):
+    # A worker imports the package first, and workers start one after the other.
+    for _ in range(20_000):
         if path.exists():
             return
         time.sleep(0.01)
