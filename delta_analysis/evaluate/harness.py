@@ -24,6 +24,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from delta_analysis.evaluate.prepared import Prepared
 from delta_analysis.evaluate.protocol import SPEED, Evaluation, Outcomes
 
 _LOCK = threading.Lock()
@@ -123,39 +124,10 @@ class LmEval:
         if self.chat_template and tokenizer.chat_template is None:
             raise ValueError(f"{self.name}: the tokenizer has no chat template; use chat_template=False")
         with _harness(self):
-            return _Prepared(self, _loaded(self))
+            return Prepared(self, partial(_judged, self, _loaded(self)))
 
     def __call__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Outcomes:
         return self.prepared(model, tokenizer)(model, tokenizer)
-
-
-@dataclass(frozen=True, eq=False)
-class _Prepared:
-    evaluation: LmEval
-    loaded: Any
-
-    @property
-    def name(self) -> str:
-        return self.evaluation.name
-
-    @property
-    def protocol(self) -> str:
-        return self.evaluation.protocol
-
-    @property
-    def texts(self) -> tuple[str, ...]:
-        return self.evaluation.texts
-
-    def prepared(self, untouched: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Evaluation:
-        return self.evaluation.prepared(untouched, tokenizer)
-
-    def __call__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Outcomes:
-        with _harness(self.evaluation):
-            samples = _samples(self.evaluation, self.loaded, model, tokenizer)
-        outcomes = {name: _outcomes(task, samples[name]) for name, task in self.loaded["tasks"].items()}
-        for name, group in self.loaded["groups"].items():
-            outcomes[name] = _pooled(group, [outcomes[task.task_name] for task in group.get_all_tasks()])
-        return {f"{name}/{metric}": values for name, found in outcomes.items() for metric, values in found.items()}
 
 
 def _version() -> str:
@@ -278,6 +250,18 @@ def _members(part: Any) -> list[str]:
     if isinstance(part, Mapping):
         return [*_members(part.get("group", ())), *_members(part.get("task", ()))]
     return [name for each in part for name in _members(each)]
+
+
+def _judged(
+    evaluation: LmEval, loaded: dict[str, Any], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> Outcomes:
+    """The outcomes of every task and group."""
+    with _harness(evaluation):
+        samples = _samples(evaluation, loaded, model, tokenizer)
+    outcomes = {name: _outcomes(task, samples[name]) for name, task in loaded["tasks"].items()}
+    for name, group in loaded["groups"].items():
+        outcomes[name] = _pooled(group, [outcomes[task.task_name] for task in group.get_all_tasks()])
+    return {f"{name}/{metric}": values for name, found in outcomes.items() for metric, values in found.items()}
 
 
 def _samples(

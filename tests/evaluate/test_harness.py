@@ -215,7 +215,9 @@ def test_examples_stand_before_the_question(
     for evaluation in (none, one):
         prepared: Any = evaluation.prepared(model, tokenizer)
         prepared(model, tokenizer)
-        prompts[evaluation.num_fewshot] = [each.args[0] for each in prepared.loaded["tasks"]["strings"].instances]
+        prompts[evaluation.num_fewshot] = [
+            each.args[0] for each in prepared.judge.args[1]["tasks"]["strings"].instances
+        ]
     assert prompts[0] == [question.prompt for question in QUESTIONS[:4]]
     known = {question.prompt for question in QUESTIONS}
     for long, short in zip(prompts[1], prompts[0], strict=True):
@@ -261,7 +263,7 @@ def test_sampled_answers_are_the_same_every_time(
     for seed in (1, 2):
         torch.manual_seed(seed)
         prepared(model, tokenizer)
-        answers.append([each.resps[0] for each in prepared.loaded["tasks"]["strings"].instances])
+        answers.append([each.resps[0] for each in prepared.judge.args[1]["tasks"]["strings"].instances])
     assert answers[0] == answers[1]
     assert answers[0] != [question.answer.strip() for question in QUESTIONS[:5]]
 
@@ -375,7 +377,7 @@ def test_chat_template(write_task: WriteTask, model: PreTrainedModel, tokenizer:
     chatty.chat_template = "{% for message in messages %}<{{ message.role }}> {{ message.content }}{% endfor %}"
     prepared: Any = evaluation.prepared(model, chatty)
     prepared(model, chatty)
-    instances = prepared.loaded["tasks"]["strings"].instances
+    instances = prepared.judge.args[1]["tasks"]["strings"].instances
     assert [each.args[0] for each in instances] == [f"<user> {question.prompt}" for question in QUESTIONS[:2]]
 
 
