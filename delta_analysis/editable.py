@@ -85,22 +85,12 @@ class EditablePair:
     @classmethod
     def load(cls, pair: Pair, device: str = "cpu") -> EditablePair:
         lazy = load_delta(base=pair.base, finetuned=pair.finetuned)
-        apart = lazy.finetuned.is_difference and lazy.base is not None
-        whole = lazy.base if apart and lazy.base is not None else lazy.finetuned
-        tokenizer = load_tokenizer(whole)
-        model = load_model(whole, device)
-        if getattr(model.config, "pad_token_id", None) is None:
-            # A classifier finds the end of a padded text by it.
-            model.config.pad_token_id = tokenizer.pad_token_id
+        model, tokenizer = finetuned_model(lazy, device)
         tensors = {name: lazy.read(name) for name in editable_shapes(lazy)}
         delta = {name: tensor for name, (tensor, _) in tensors.items()}
         base = {name: torch.zeros_like(delta[name]) if start is None else start for name, (_, start) in tensors.items()}
-        _untie_head(model, lazy)
         nonzero = {name: int(torch.count_nonzero(tensor)) for name, tensor in delta.items()}
-        loaded = cls(pair, model, tokenizer, base, delta, nonzero)
-        if apart:
-            _write(model, ((name, base[name] + delta[name]) for name in delta))
-        return loaded
+        return cls(pair, model, tokenizer, base, delta, nonzero)
 
     @property
     def nbytes(self) -> int:
@@ -151,6 +141,24 @@ class EditablePair:
             if evaluation not in self._prepared:
                 self._prepared[evaluation] = evaluation.prepared(self.model, self.tokenizer)
             return self._prepared[evaluation]
+
+
+def finetuned_model(
+    delta: Delta, device: str = "cpu", dtype: str = "float32"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The fine-tuned model of a delta, loaded, or for an adapter made of its base; and the tokenizer."""
+    apart = delta.base if delta.finetuned.is_difference else None
+    whole = apart or delta.finetuned
+    tokenizer = load_tokenizer(whole)
+    model = load_model(whole, device, dtype)
+    if getattr(model.config, "pad_token_id", None) is None:
+        # A classifier finds the end of a padded text by it.
+        model.config.pad_token_id = tokenizer.pad_token_id
+    _untie_head(model, delta)
+    if apart is not None:
+        read = ((name, delta.read(name)) for name in editable_shapes(delta))
+        _write(model, ((name, base + tensor) for name, (tensor, base) in read if base is not None))
+    return model, tokenizer
 
 
 def _write(model: PreTrainedModel, weights: Iterable[tuple[str, torch.Tensor]]) -> None:

@@ -22,11 +22,11 @@ CLASSIFIER = "ForSequenceClassification"
 """How the architecture of a model with a classification head ends."""
 
 
-def load_model(checkpoint: Checkpoint, device: str = "cpu") -> PreTrainedModel:
-    """The model of a checkpoint directory in float32, for evaluation; never runs remote code.
+def load_model(checkpoint: Checkpoint, device: str = "cpu", dtype: str = "float32") -> PreTrainedModel:
+    """The model of a checkpoint directory, for evaluation; never runs remote code.
 
     A model with a classification head if its configuration names such an architecture, a causal
-    language model otherwise.
+    language model otherwise. `dtype` is `float32`, or `auto` for the checkpoint's own.
 
     Raises
     ------
@@ -42,7 +42,7 @@ def load_model(checkpoint: Checkpoint, device: str = "cpu") -> PreTrainedModel:
     try:
         loaded: Any = auto.from_pretrained(
             checkpoint.path,
-            dtype=torch.float32,
+            dtype=dtype,
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,

@@ -19,6 +19,7 @@ import torch
 from delta_analysis._errors import one_of
 from delta_analysis.blocks import kernels_for, new_tensor, row_length
 from delta_analysis.cut import Cut, find_cut
+from delta_analysis.laws import Law, expected_factor
 from delta_analysis.philox import stream_key
 from delta_analysis.rescaling import Rescale, check_rescale, match_norm, rescale_name, uniform_factor
 from delta_analysis.rows import drop_by_rank, drop_least, drop_rows, shares_of_range
@@ -114,6 +115,10 @@ class Dare:
             tensor, lambda values, start, out: kernels.drop(values, p, factor, key, start, out), dtypes=NATIVE
         )
         return match_norm(pruned, tensor, self.rescale, name)
+
+    def law(self, tensor: torch.Tensor, *, name: str) -> Law:
+        """One probability and one factor for all entries."""
+        return Law(self.drop_rate, expected_factor(self.rescale, tensor, self.drop_rate, self.drop_rate))
 
 
 @dataclass(frozen=True)
@@ -273,6 +278,17 @@ class MagPrune:
             row = tensor.numel() if self.rank == "tensor" else row_length(tensor)
             pruned = drop_by_rank(tensor, row, partial(self._by_rank, row), factor, key)
         return match_norm(pruned, tensor, self.rescale, name)
+
+    def law(self, tensor: torch.Tensor, *, name: str) -> Law:
+        """Each entry's own probability and factor, float64 tensors of its shape."""
+        values = tensor.detach().to(torch.float32)
+        if self.rank == "value":
+            drop = self._by_value(name, values.reshape(-1, row_length(tensor)))
+        else:
+            row = tensor.numel() if self.rank == "tensor" else row_length(tensor)
+            drop = self._by_rank(row, kernels_for(tensor.device).rank_sums(values.reshape(-1, row)))
+        drop = drop.view(tensor.shape)
+        return Law(drop, expected_factor(self.rescale, tensor, drop, self.drop_rate))
 
     def _by_rank(self, count: int, sums: torch.Tensor) -> torch.Tensor:
         """Probabilities for sums of first and last rank among `count` entries, in place of them."""
