@@ -1,0 +1,256 @@
+"""What the reports' results say about each claim: one small function a claim, from results to an effect.
+
+A function takes the results of one report, with the column `made_by` of `overview.read_results`, and
+returns an `Interval`. Accuracies are means over masks and items, and their intervals are over these:
+the pairs are the ones that were measured, none is taken for a sample of others. Deltas are read
+whole, so that a share of entries has an interval of no width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import numpy as np
+import pandas as pd
+
+from delta_analysis.claim_measures import (
+    CONTINUED,
+    FINE_TUNED,
+    NotMeasuredError,
+    at_rate,
+    average,
+    average_over_rates,
+    average_rate,
+    decoders,
+    difference,
+    encoders,
+    greatest,
+    kept,
+    least,
+    made_by,
+    rates_tried,
+    tolerances,
+    tolerates_more,
+)
+from delta_analysis.comparison import lead
+from delta_analysis.curve import first_metric, outcome_matrix
+from delta_analysis.family import BOTH, SFT
+from delta_analysis.intervals import MEAN, Interval, metric_interval
+from delta_analysis.tolerance import tolerance_difference
+
+RATE = 0.9
+"""What a claim's "high" drop rate is: the one that the papers lead with."""
+
+
+# 01: value ranges.
+
+
+def share_within(results: pd.DataFrame, limit: float, table: str = "model") -> Interval:
+    """The least share of a fine-tuning delta's entries within a limit."""
+    rows = made_by(results[results["table"] == table], FINE_TUNED)
+    return least(Interval(x, x, x) for x in rows[f"share_below_{limit:g}"])
+
+
+def share_beyond(results: pd.DataFrame, limit: float) -> Interval:
+    """The least share of entries beyond a limit, of deltas with continual pre-training in between."""
+    rows = made_by(results[results["table"].isin(["model", "encoder"])], CONTINUED)
+    return least(Interval(x, x, x) for x in 1 - rows[f"share_below_{limit:g}"])
+
+
+# 02: DARE, more and more of it.
+
+
+def tolerated_by_decoders(results: pd.DataFrame) -> Interval:
+    return least(tolerances(decoders(made_by(results, FINE_TUNED))).values())
+
+
+def tolerated_by_encoders(results: pd.DataFrame) -> Interval:
+    return least(tolerances(encoders(made_by(results, FINE_TUNED))).values())
+
+
+def tolerated_on_average(results: pd.DataFrame) -> Interval:
+    return average_rate(tolerances(decoders(made_by(results, FINE_TUNED))).values())
+
+
+def gained_by_pruning(results: pd.DataFrame) -> Interval:
+    """What pruning at the high rate adds to the untouched metric, as a share of it, over the fine-tunes."""
+    share = average(map(kept, at_rate(decoders(made_by(results, FINE_TUNED)), RATE).values()))
+    return Interval(*(x - 1 for x in share))
+
+
+def kept_on_older_base(results: pd.DataFrame) -> Interval:
+    """The share kept with a tenth dropped, on the base before continual pre-training."""
+    return average(map(kept, at_rate(decoders(made_by(results, [BOTH])), 0.1).values()))
+
+
+def tolerated_on_older_base(results: pd.DataFrame) -> Interval:
+    rows = made_by(results, [BOTH])
+    return greatest([*tolerances(decoders(rows)).values(), *tolerances(encoders(rows)).values()])
+
+
+def true_base_over_older(results: pd.DataFrame) -> Interval:
+    """How much more a fine-tune tolerates on its true base than on the one before continual pre-training."""
+    rows = made_by(results, [BOTH])
+    older_pairs = {str(pair).rpartition(" → ")[2]: str(pair) for pair in rows["pair"].unique()}
+    gaps = []
+    for architecture in (decoders, encoders):
+        true, older = (
+            tolerances(architecture(made_by(results, [SFT]))),
+            tolerances(architecture(rows)),
+        )
+        for pair, rate in true.items():
+            other = older_pairs.get(pair.rpartition(" → ")[2])
+            if other in older:
+                gaps.append(tolerates_more(rate, older[other]))
+    return least(gaps)
+
+
+# 03: rescaling.
+
+
+def similarities(results: pd.DataFrame) -> dict[str, dict[tuple[str, str], np.ndarray]]:
+    """Of each fine-tune at the high rate: cosines of (seeds, texts) by layer and method."""
+    rows = made_by(results[results["table"] == "ladder"], FINE_TUNED)
+    rows = rows[rows["metric"].str.startswith("similarity/")]
+    return {
+        pair: {
+            (str(layer), str(method)): outcome_matrix(group)
+            for (layer, method), group in each[each["drop_rate"] == RATE].groupby(["metric", "method"])
+        }
+        for pair, each in at_rate(rows, RATE).items()
+    }
+
+
+def least_similarity(results: pd.DataFrame) -> Interval:
+    return least(
+        metric_interval(MEAN, outcomes)
+        for by_layer in similarities(results).values()
+        for (_, method), outcomes in by_layer.items()
+        if method == "DARE"
+    )
+
+
+def similarity_gain(results: pd.DataFrame) -> Interval:
+    """How much more similar hidden states are with rescaling, the mean over layers."""
+    gains = []
+    for by_layer in similarities(results).values():
+        layers = dict.fromkeys(layer for layer, _ in by_layer)
+        gain = np.mean([by_layer[each, "DARE"] - by_layer[each, "drop only"] for each in layers], axis=0)
+        gains.append(metric_interval(MEAN, gain))
+    return average(gains)
+
+
+# 03 and 04: one method against another.
+
+
+def lead_at_high_rate(results: pd.DataFrame, method: str, other: str) -> Interval:
+    """The lead of one method over another at the high rate, over the fine-tunes."""
+    rows = compared(results)
+    return average(lead(each, method, other) for each in at_rate(rows, RATE).values())
+
+
+def lead_at_all_rates(results: pd.DataFrame, method: str, other: str) -> Interval:
+    """The lead of one method over another, the mean over all drop rates tried, over the fine-tunes."""
+    rows = compared(results)
+    leads = [
+        average_over_rates(lead(at_rate(each, p)[str(pair)], method, other) for p in rates_tried(each))
+        for pair, each in rows.groupby("pair", sort=False)
+    ]
+    return average(leads)
+
+
+def lead_grows(results: pd.DataFrame, method: str, other: str) -> Interval:
+    """How much larger the lead is at the high rate than at the lowest one, over the fine-tunes."""
+    rows = compared(results)
+    lowest = rates_tried(rows)[0]
+    if lowest >= RATE:
+        raise NotMeasuredError(f"no model at a drop rate below {RATE:g}")
+    high, low = ({pair: lead(each, method, other) for pair, each in at_rate(rows, p).items()} for p in (RATE, lowest))
+    return average(difference(high[pair], low[pair]) for pair in high)
+
+
+def compared(results: pd.DataFrame) -> pd.DataFrame:
+    """The cells of the fine-tunes under every method, by their first metric."""
+    return first_metric(made_by(results[results["table"].isin(["ladder", "cells"])], FINE_TUNED))
+
+
+# 06: weights instead of the delta.
+
+
+def weights_kept(results: pd.DataFrame) -> Interval:
+    """The share kept with a tenth of the weights dropped at random."""
+    return average(map(kept, at_rate(_at_random(results, "weights"), 0.1).values()))
+
+
+def delta_over_weights(results: pd.DataFrame) -> Interval:
+    """How much more of the delta than of the weights is tolerated."""
+    delta, weights = (tolerances(_at_random(results, what)) for what in ("delta", "weights"))
+    return least(tolerates_more(rate, weights[f"{pair}: weights"]) for pair, rate in delta.items())
+
+
+def encoders_keep_more_weights(results: pd.DataFrame) -> Interval:
+    """How much more of its weights the least tolerant encoder can lose than the most tolerant decoder."""
+    rows = results[(results["dropped from"] == "weights") & (results["method"] == "DARE")]
+    rows = made_by(rows, FINE_TUNED)
+    return tolerates_more(least(tolerances(encoders(rows)).values()), greatest(tolerances(decoders(rows)).values()))
+
+
+def _at_random(results: pd.DataFrame, what: str) -> pd.DataFrame:
+    rows = results[(results["dropped from"] == what) & (results["method"] == "DARE")]
+    return decoders(made_by(rows, FINE_TUNED))
+
+
+# 07: sizes.
+
+
+def larger_over_smaller(results: pd.DataFrame) -> Interval:
+    """How much more the largest size of a fine-tune tolerates than the smallest."""
+    return least(tolerance_difference(largest, smallest) for smallest, largest in _ends(results))
+
+
+def tolerated_by_largest(results: pd.DataFrame) -> Interval:
+    return average_rate(Interval(row["tolerated"], row["low"], row["high"]) for _, row in _ends(results))
+
+
+def _ends(results: pd.DataFrame) -> list[tuple[pd.Series, pd.Series]]:
+    """The smallest and the largest size of each fine-tune."""
+    rows = made_by(results[results["table"] == "tolerances"], FINE_TUNED).sort_values("parameters")
+    groups = [
+        group
+        for _, group in rows.groupby("relation", sort=False)
+        if group["parameters"].min() < group["parameters"].max()
+    ]
+    if not groups:
+        raise NotMeasuredError("a single size")
+    return [(group.iloc[0], group.iloc[-1]) for group in groups]
+
+
+EFFECTS: Mapping[str, Callable[[pd.DataFrame], Interval]] = {
+    "sft-range-0005": partial(share_within, limit=0.005),
+    "sft-range-0005-encoders": partial(share_within, limit=0.005, table="encoder"),
+    "sft-range-0002": partial(share_within, limit=0.002),
+    "cpt-range-001": partial(share_beyond, limit=0.01),
+    "cpt-range-003": partial(share_beyond, limit=0.03),
+    "dare-90-decoders": tolerated_by_decoders,
+    "dare-90-encoders": tolerated_by_encoders,
+    "dare-99": tolerated_on_average,
+    "pruned-below-untouched": gained_by_pruning,
+    "true-base": true_base_over_older,
+    "cpt-breaks-dare": tolerated_on_older_base,
+    "cpt-breaks-at-10": kept_on_older_base,
+    "rescale-matters": partial(lead_at_all_rates, method="DARE", other="drop only"),
+    "similarity-095": least_similarity,
+    "similarity-gain": similarity_gain,
+    "mp-worse": partial(lead_at_high_rate, method="DARE", other="MP"),
+    "mp-gap-widens": partial(lead_grows, method="DARE", other="MP"),
+    "mp-rescale-destroys": partial(lead_at_high_rate, method="MP + rescale", other="MP"),
+    "magprune-over-dare": partial(lead_at_all_rates, method="MAGPRUNE", other="DARE"),
+    "magprune-over-mp": partial(lead_at_all_rates, method="MAGPRUNE", other="MP"),
+    "weights-10": weights_kept,
+    "sft-stimulates": delta_over_weights,
+    "decoders-suffer-more": encoders_keep_more_weights,
+    "larger-tolerate-more": larger_over_smaller,
+    "largest-99": tolerated_by_largest,
+}
+"""The effect of each claim, by its id; claims whose report does not exist yet have none."""
