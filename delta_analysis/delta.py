@@ -43,7 +43,7 @@ class Delta(Mapping[str, torch.Tensor]):
     base: Checkpoint | None
     finetuned: Checkpoint
     matches: tuple[Match, ...] = field(repr=False)
-    edits: tuple[tuple[Pruner, int], ...] = ()
+    edits: tuple[tuple[Pruner | Prune, int], ...] = ()
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.read(name)[0]
@@ -82,7 +82,7 @@ class Delta(Mapping[str, torch.Tensor]):
         before = replace(self, edits=tuple(earlier))
         return (*before._prunes, (prepared(pruner, before, seed), seed))
 
-    def pruned(self, pruner: Pruner, *, seed: int) -> Delta:
+    def pruned(self, pruner: Pruner | Prune, *, seed: int) -> Delta:
         """The same delta with `pruner` applied to each tensor as it is read.
 
         Nothing is read now. A pruner that compares the entries of all tensors, such as
@@ -90,7 +90,7 @@ class Delta(Mapping[str, torch.Tensor]):
 
         Parameters
         ----------
-        pruner : such as `Dare(0.9)`.
+        pruner : such as `Dare(0.9)`, or anything that is called as one.
         seed : with the tensor's name it determines the random numbers, whatever the order of
             reading.
         """

@@ -6,7 +6,6 @@ without drawing a mask.
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -63,15 +62,12 @@ def kearns_saul(p: Number) -> Number:
     >>> kearns_saul(0.5), round(kearns_saul(0.9), 4)
     (0.5, 0.3641)
     """
-    if isinstance(p, torch.Tensor):
-        inner = p.clamp(1e-300, 1 - 2**-53)
-        odds = torch.log1p(-inner) - torch.log(inner)
-        phi = torch.where(odds.abs() < 1e-6, 0.5, (1 - 2 * inner) / odds)
-        return torch.where((p <= 0) | (p >= 1), 0.0, phi)
-    if p in (0, 1):
-        return 0.0
-    odds = math.log1p(-p) - math.log(p)
-    return 0.5 if abs(odds) < 1e-6 else (1 - 2 * p) / odds
+    if not isinstance(p, torch.Tensor):
+        return float(kearns_saul(torch.tensor(p, dtype=torch.float64)))
+    inner = p.clamp(1e-300, 1 - 2**-53)
+    log_odds = torch.log1p(-inner) - torch.log(inner)
+    phi = torch.where(log_odds.abs() < 1e-6, 0.5, (1 - 2 * inner) / log_odds)
+    return torch.where((p <= 0) | (p >= 1), 0.0, phi)
 
 
 def expected_factor(rescale: Rescale, tensor: torch.Tensor, drop: Number, drop_rate: float) -> Number:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 import torch
 from transformers import PreTrainedModel
@@ -18,9 +20,9 @@ from delta_analysis.checkpoint import Source
 from delta_analysis.delta import Delta, load_delta
 from delta_analysis.editable import finetuned_model
 from delta_analysis.evaluate.texts import Batch, check_texts, token_batches
-from delta_analysis.laws import Law, Lawful
-from delta_analysis.meeting import Elementwise, Isotropic, Matrix, Meeting, positions
-from delta_analysis.names import parse_name
+from delta_analysis.laws import Law, Lawful, Number
+from delta_analysis.meeting import Isotropic, Matrix, Meeting, meet, positions
+from delta_analysis.names import bare_name, parse_name
 from delta_analysis.patching import parameters_of
 from delta_analysis.pruning import Dare, Prune, Pruner, prepared
 
@@ -37,8 +39,8 @@ class _Energies(NamedTuple):
     signal: float
     noise: float
     output: float
-    error: tuple[float, ...]
-    bound: tuple[float, ...]
+    error: np.ndarray
+    bound: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ def layer_noise(
     device: str = "cpu",
     dtype: str = "float32",
 ) -> pd.DataFrame:
-    """The expected squared error that pruners make in the output of each layer, without drawing a mask.
+    r"""The expected squared error that pruners make in the output of each layer, without drawing a mask.
 
     For a weight W with delta D and input x, C = E[xxᵀ], as means over the positions of the inputs:
     signal `S = E‖Dx‖² = tr(D C Dᵀ)`, noise base `N = Σ_ij D_ij² C_jj`, output `Y = E‖Wx‖²`. A pruner
@@ -99,7 +101,7 @@ def layer_noise(
     N/Y; `method, drop_rate`; `error`; `error_share`, of Y; `bound`: to each output and input belongs a
     bound on its squared error that holds with probability 0.95 (DAREx, equation 8, with the bias of any
     factor added), and this is their sum over outputs, meaned over inputs. Weights of modules that are no
-    linear layer, embedding, norm or bias, such as fused experts, are missing with inputs.
+    linear layer, embedding, norm or bias, such as fused experts, or that are never called, are missing with inputs.
 
     Raises
     ------
@@ -113,19 +115,37 @@ def layer_noise(
 
     Examples
     --------
-    >>> noise = layer_noise("zoo:tiny/base", "zoo:tiny/instruct", ["reverse abc\\n"], pruners=[Dare(0.9)])
+    >>> noise = layer_noise("zoo:tiny/base", "zoo:tiny/instruct", ["reverse abc\n"], pruners=[Dare(0.9)])
     >>> bool((noise["error"] / noise["noise"]).between(8.999, 9.001).all())
     True
     """
+    delta = load_delta(base=base, finetuned=finetuned)
+    how = {"pruners": pruners, "seed": seed, "most_tokens": most_tokens, "device": device, "dtype": dtype}
+    return delta_noise(delta, inputs, **how)  # type: ignore[arg-type]
+
+
+def delta_noise(
+    delta: Delta,
+    inputs: Sequence[str] | None = None,
+    *,
+    pruners: Sequence[Pruner] = (Dare(0.5),),
+    seed: int = 0,
+    most_tokens: int = MOST_TOKENS,
+    device: str = "cpu",
+    dtype: str = "float32",
+) -> pd.DataFrame:
+    """The table of `layer_noise` for a delta, also one that was edited: its entries at the inputs of the fine-tune.
+
+    The inputs, and the output energy that is compared with, are those of the fine-tune as it is.
+    """
     if not pruners:
         raise ValueError("pruners: none is given; expected at least one, such as Dare(0.9)")
-    delta = load_delta(base=base, finetuned=finetuned)
     laws = _Laws(delta, tuple(pruners), seed)
     if inputs is None:
         found = [(_Use(name, "", "", torch.nn.Module()), _without_inputs(delta, name, laws)) for name in delta]
     else:
         check_texts(tuple(inputs), most_tokens)
-        model, tokenizer = finetuned_model(delta, device, dtype)
+        model, tokenizer = finetuned_model(replace(delta, edits=()), device, dtype)
         batches = token_batches(tuple(inputs), model, tokenizer, most_tokens=most_tokens)
         found = _over_batches(delta, model, batches, laws)
     return pd.DataFrame([row for use, energies in found for row in _rows(use, delta, energies, pruners)])
@@ -143,7 +163,9 @@ class _Laws:
     def __post_init__(self) -> None:
         for pruner in self.pruners:
             if pruner.random and not isinstance(pruner, Lawful):
-                raise ValueError(f"pruners: {pruner} is random and has no method law(tensor, name=…), so no closed form")
+                raise ValueError(
+                    f"pruners: {pruner} is random and has no method law(tensor, name=…), so no closed form"
+                )
         object.__setattr__(self, "ready", tuple(prepared(each, self.delta, self.seed) for each in self.pruners))
 
     def energies(self, meeting: Meeting, name: str, tensor: torch.Tensor) -> Iterator[tuple[float, float]]:
@@ -158,8 +180,8 @@ class _Laws:
 
 def _error(meeting: Meeting, delta: torch.Tensor, law: Law) -> tuple[float, float]:
     """The expected squared error of a law, and its bound, summed over positions."""
-    noise = meeting.spread_sum(_scaled(delta, law.variance, power=0.5))
-    tail = _scaled(delta, law.tail, power=0.5)
+    noise = meeting.spread_sum(_scaled(delta, _root(law.variance)))
+    tail = _scaled(delta, _root(law.tail))
     logarithm = math.log(2 / GAMMA)
     if not _any(law.bias):
         return noise, logarithm * meeting.spread_sum(tail)
@@ -168,11 +190,16 @@ def _error(meeting: Meeting, delta: torch.Tensor, law: Law) -> tuple[float, floa
     return _energy(shift) + noise, _energy(bound)
 
 
-def _scaled(delta: torch.Tensor, by: float | torch.Tensor, *, power: float = 1.0) -> torch.Tensor:
-    return delta * (by**power if isinstance(by, float) else (by**power).to(delta))
+def _scaled(delta: torch.Tensor, by: Number) -> torch.Tensor:
+    return delta * (by if isinstance(by, float) else by.to(delta))
 
 
-def _any(bias: float | torch.Tensor) -> bool:
+def _root(variance: Number) -> Number:
+    # A probability of 0 may be rounded to one below it, and so may its variance.
+    return variance**0.5 if isinstance(variance, float) else variance.clamp(min=0).sqrt()
+
+
+def _any(bias: Number) -> bool:
     """Whether a mean is off by more than rounding."""
     return bool((torch.as_tensor(bias).abs() > 1e-12).any())
 
@@ -181,13 +208,11 @@ def _energy(tensor: torch.Tensor) -> float:
     return float(tensor.square().sum(dtype=torch.float64))
 
 
-def _measured(
-    meeting: Meeting, laws: _Laws, name: str, tensor: torch.Tensor, output: float, count: int
-) -> _Energies:
+def _measured(meeting: Meeting, laws: _Laws, name: str, tensor: torch.Tensor, output: float, count: int) -> _Energies:
     """All energies of a layer at some inputs."""
     if bad := int((~torch.isfinite(tensor)).sum()):
         raise ValueError(f"tensor {name!r} of the delta has {bad} NaN or infinite entries of {tensor.numel()}")
-    error, bound = zip(*laws.energies(meeting, name, tensor), strict=True)
+    error, bound = np.array(list(laws.energies(meeting, name, tensor))).T
     return _Energies(count, _energy(meeting.outputs(tensor)), meeting.spread_sum(tensor), output, error, bound)
 
 
@@ -212,12 +237,19 @@ def _over_batches(
 
 def _uses(model: PreTrainedModel, delta: Delta) -> Iterator[_Use]:
     """Which module uses which tensor of the delta: a tied one has two uses."""
-    named = {id(parameter): name for name, parameter in parameters_of(model).items() if name in delta}
+    # A checkpoint of a model without its head lacks the prefix that its names have within the whole model.
+    names = {bare_name(name): name for name in delta}
+    named = {
+        id(weight): names[bare] for name, weight in parameters_of(model).items() if (bare := bare_name(name)) in names
+    }
     for path, module in model.named_modules():
-        for own, parameter in module.named_parameters(recurse=False):
-            matrix = isinstance(module, torch.nn.Linear | Conv1D | torch.nn.Embedding)
-            if id(parameter) in named and (parameter.dim() == 1 or matrix):
-                yield _Use(named[id(parameter)], path, own, module)
+        own = dict(module.named_parameters(recurse=False))
+        matrix = isinstance(module, torch.nn.Linear | Conv1D | torch.nn.Embedding)
+        norm = own.keys() <= {"weight", "bias"} and all(each.dim() == 1 for each in own.values())
+        if matrix or (norm and not any(module.children())):
+            for parameter, weight in own.items():
+                if id(weight) in named:
+                    yield _Use(named[id(weight)], path, parameter, module)
 
 
 @contextmanager
@@ -242,23 +274,14 @@ def _add(
     output: torch.Tensor,
 ) -> None:
     """Add what a use makes of one call's inputs."""
-    weight = module.get_parameter(use.parameter)
     made = positions(output, batch)
-    if use.parameter == "weight" and isinstance(module, torch.nn.Linear | Conv1D):
-        meeting: Meeting = Matrix(positions(arguments[0], batch), isinstance(module, Conv1D))
-        made = made if module.bias is None else made - module.bias
-    else:
-        meeting = Elementwise(module, weight, arguments, batch)
-    tensor = delta[use.tensor].to(weight.device)
+    meeting = meet(module, use.parameter, arguments, made, batch)
+    if isinstance(meeting, Matrix) and isinstance(module.bias, torch.Tensor):
+        made = made - module.bias
+    tensor = delta[use.tensor].to(made.device)
     found = _measured(meeting, laws, use.tensor, tensor, _energy(made), len(made))
     before = totals.get(use)
-    totals[use] = found if before is None else _sum(before, found)
-
-
-def _sum(one: _Energies, other: _Energies) -> _Energies:
-    error, bound = ([a + b for a, b in zip(*each, strict=True)] for each in zip(one[-2:], other[-2:], strict=True))
-    sums = [a + b for a, b in zip(one[:-2], other[:-2], strict=True)]
-    return _Energies(*sums, tuple(error), tuple(bound))  # type: ignore[arg-type]
+    totals[use] = found if before is None else _Energies(*map(operator.add, before, found))
 
 
 def _rows(use: _Use, delta: Delta, energies: _Energies, pruners: Sequence[Pruner]) -> Iterator[dict[str, object]]:

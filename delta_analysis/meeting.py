@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from transformers.pytorch_utils import Conv1D
 
 from delta_analysis.evaluate.texts import Batch
 
@@ -47,22 +49,12 @@ class Matrix:
 
 @dataclass(frozen=True, eq=False)
 class Elementwise:
-    """A weight whose every entry feeds an output alone: of an embedding, a norm or a bias; and a call of its module.
+    """The weight of a norm, or a bias: each entry feeds an output of its own, and its inputs (positions, outputs)."""
 
-    The module's output is linear in the weight, so what entries make is its output with them as the
-    weight, less that with zeros.
-    """
-
-    module: torch.nn.Module
-    weight: torch.nn.Parameter
-    arguments: tuple[Any, ...]
-    batch: Batch
+    x: torch.Tensor
 
     def outputs(self, entries: torch.Tensor) -> torch.Tensor:
-        whole = torch.zeros_like(self.weight, dtype=torch.float32)
-        without = self._called_with(whole)
-        whole[: len(entries)] = entries
-        return self._called_with(whole) - without
+        return self.x[:, : len(entries)] * entries
 
     def spread(self, entries: torch.Tensor) -> torch.Tensor:
         return self.outputs(entries).square()
@@ -70,13 +62,25 @@ class Elementwise:
     def spread_sum(self, entries: torch.Tensor) -> float:
         return float(self.spread(entries).sum(dtype=torch.float64))
 
-    def _called_with(self, weight: torch.Tensor) -> torch.Tensor:
-        kept = self.weight.data
-        try:
-            self.weight.data = weight
-            return positions(self.module.forward(*self.arguments), self.batch)
-        finally:
-            self.weight.data = kept
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """An embedding, of which every input takes a row, and a call of it."""
+
+    module: torch.nn.Module
+    arguments: tuple[Any, ...]
+    batch: Batch
+
+    def outputs(self, entries: torch.Tensor) -> torch.Tensor:
+        whole = torch.zeros(self.module.get_parameter("weight").shape, device=entries.device)
+        whole[: len(entries)] = entries
+        return positions(_twin(self.module, weight=whole).forward(*self.arguments), self.batch)
+
+    def spread(self, entries: torch.Tensor) -> torch.Tensor:
+        return self.outputs(entries).square()
+
+    def spread_sum(self, entries: torch.Tensor) -> float:
+        return float(self.spread(entries).sum(dtype=torch.float64))
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,8 +97,44 @@ class Isotropic:
         return float(entries.square().sum(dtype=torch.float64))
 
 
+def meet(
+    module: torch.nn.Module, parameter: str, arguments: tuple[Any, ...], made: torch.Tensor, batch: Batch
+) -> Meeting:
+    """A parameter of a linear layer, embedding or norm and the inputs of a call that made the rows `made`."""
+    if parameter == "bias":
+        return Elementwise(torch.ones_like(made))
+    if isinstance(module, torch.nn.Linear | Conv1D):
+        return Matrix(positions(arguments[0], batch), isinstance(module, Conv1D))
+    if isinstance(module, torch.nn.Embedding):
+        return Rows(module, arguments, batch)
+    return Elementwise(_normed(module, arguments, batch))
+
+
+def _normed(module: torch.nn.Module, arguments: tuple[Any, ...], batch: Batch) -> torch.Tensor:
+    """What a norm multiplies by its weight: its output at a weight of one, less that at zero."""
+    arguments = tuple(each.float() if isinstance(each, torch.Tensor) else each for each in arguments)
+    one = torch.ones_like(module.get_parameter("weight"), dtype=torch.float32)
+    at_one, at_zero = (_twin(module, weight=weight).forward(*arguments) for weight in (one, torch.zeros_like(one)))
+    return positions(at_one - at_zero, batch)
+
+
+def _twin(module: torch.nn.Module, **parameters: torch.Tensor) -> torch.nn.Module:
+    """The module with other parameters, in float32 all of them; it itself is left alone."""
+    own = {name: parameter.detach().float() for name, parameter in module.named_parameters(recurse=False)}
+    twin = copy.copy(module)
+    vars(twin)["_parameters"] = {**module._parameters, **own, **parameters}
+    return twin
+
+
 def positions(values: torch.Tensor, batch: Batch) -> torch.Tensor:
     """Inputs or outputs of a module as float32 rows, without padding where it can be told."""
     values = values.detach().float()
-    of_batch = values.dim() == 3 and values.shape[:2] == batch.mask.shape
-    return batch.tokens(values) if of_batch else values.flatten(0, -2)
+    texts, longest = batch.mask.shape
+    if values.dim() == 2 and len(values) == texts * longest:
+        values = values.unflatten(0, (texts, longest))
+    elif values.dim() > 2 and values.shape[:2] == (1, longest):
+        # Embeddings of positions are made once for all texts.
+        values = values.expand(texts, *values.shape[1:])
+    if values.dim() > 2 and values.shape[:2] == batch.mask.shape:
+        values = batch.tokens(values)
+    return values.flatten(0, -2)

@@ -300,7 +300,7 @@ class MagPrune:
         return self.drop_rate + self.width / 2 - self.width * shares_of_range(rows, name)
 
 
-def prepared(pruner: Pruner, tensors: Mapping[str, torch.Tensor], seed: int) -> Prune:
+def prepared(pruner: Pruner | Prune, tensors: Mapping[str, torch.Tensor], seed: int) -> Prune:
     """The pruner as it acts on the tensors of one delta.
 
     Magnitude pruning over the whole model has to read all tensors first; every other pruner is

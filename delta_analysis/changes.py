@@ -1,0 +1,148 @@
+"""Other deltas made of a delta, tensor by tensor: scaled, clipped, rearranged.
+
+Each is called as a pruner is, so that `Delta.pruned` takes it; `derived_pair` makes a model of the
+result. They take apart what a delta's size, outliers and structure do.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from delta_analysis.cells import content, digest
+from delta_analysis.checkpoint import open_checkpoint
+from delta_analysis.delta import load_delta
+from delta_analysis.editable import Pair
+from delta_analysis.paths import resolve
+from delta_analysis.philox import stream_key
+from delta_analysis.provenance import content_hash
+from delta_analysis.saving import save_checkpoint
+
+
+class Change(Protocol):
+    """Makes another tensor of a delta's tensor: a frozen dataclass such as `Scaled`."""
+
+    @property
+    def label(self) -> str: ...
+    def __call__(self, tensor: torch.Tensor, *, name: str, seed: int) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """`factor · δ`, with a finite factor above 0."""
+
+    factor: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.factor < math.inf:
+            raise ValueError(f"factor must be a finite number above 0; not {self.factor!r}")
+
+    @property
+    def label(self) -> str:
+        return f"size × {self.factor:.3g}"
+
+    def __call__(self, tensor: torch.Tensor, *, name: str, seed: int) -> torch.Tensor:
+        return tensor * self.factor
+
+
+@dataclass(frozen=True)
+class Clipped:
+    """Without outliers: the `share` of each tensor's entries that are largest is cut to the largest of the others."""
+
+    share: float
+
+    def __post_init__(self) -> None:
+        check_share(self.share)
+
+    @property
+    def label(self) -> str:
+        return f"largest {100 * self.share:g}% clipped"
+
+    def __call__(self, tensor: torch.Tensor, *, name: str, seed: int) -> torch.Tensor:
+        others = tensor.abs()[~largest(tensor, self.share)]
+        limit = float(others.max()) if others.numel() else 0.0
+        return tensor.clamp(-limit, limit)
+
+
+@dataclass(frozen=True)
+class Topless:
+    """With the `share` of each tensor's entries that are largest set to zero."""
+
+    share: float
+
+    def __post_init__(self) -> None:
+        check_share(self.share)
+
+    @property
+    def label(self) -> str:
+        return f"largest {100 * self.share:g}% spared"
+
+    def __call__(self, tensor: torch.Tensor, *, name: str, seed: int) -> torch.Tensor:
+        return tensor.masked_fill(largest(tensor, self.share), 0.0)
+
+
+@dataclass(frozen=True)
+class Permuted:
+    """With the entries of each tensor in an order drawn from (seed, name): equal values, no structure."""
+
+    @property
+    def label(self) -> str:
+        return "entries permuted"
+
+    def __call__(self, tensor: torch.Tensor, *, name: str, seed: int) -> torch.Tensor:
+        order = np.random.default_rng(stream_key(seed, f"{name}/order")).permutation(tensor.numel())
+        return tensor.reshape(-1)[torch.from_numpy(order).to(tensor.device)].view(tensor.shape)
+
+
+@dataclass(frozen=True)
+class SignsRedrawn:
+    """With the sign of each entry drawn anew from (seed, name): equal sizes in equal places, no direction."""
+
+    @property
+    def label(self) -> str:
+        return "signs redrawn"
+
+    def __call__(self, tensor: torch.Tensor, *, name: str, seed: int) -> torch.Tensor:
+        drawn = np.random.default_rng(stream_key(seed, f"{name}/signs")).integers(0, 2, tensor.numel(), dtype=np.int8)
+        return tensor.abs() * torch.from_numpy(2 * drawn - 1).to(tensor).view(tensor.shape)
+
+
+def largest(tensor: torch.Tensor, share: float) -> torch.Tensor:
+    """A mask of the `share` of entries that are largest in magnitude, and of those equal to the last of them."""
+    count = round(share * tensor.numel())
+    if not count:
+        return torch.zeros_like(tensor, dtype=torch.bool)
+    sizes = tensor.abs()
+    return sizes >= sizes.reshape(-1).kthvalue(tensor.numel() - count + 1).values
+
+
+def check_share(share: float) -> None:
+    """Raise unless it is a share."""
+    if not 0 <= share <= 1:
+        raise ValueError(f"share must be in [0, 1]; not {share!r}")
+
+
+def derived_pair(pair: Pair, change: Change, out_dir: str | Path) -> Pair:
+    """A pair whose fine-tune is base plus the changed delta, so that it can be judged against itself.
+
+    It is written in float32 into a folder below `out_dir` named by the files' hashes and the change,
+    and used again if it is there.
+
+    Raises
+    ------
+    ValueError
+        A pair without a base.
+    """
+    if pair.base is None:
+        raise ValueError(f"pair {pair.name!r} has no base, so no delta that could be changed")
+    described = [content_hash(pair.base), content_hash(pair.finetuned), content(change)]
+    folder = resolve(out_dir) / "derived" / digest(described)
+    if not folder.exists():
+        delta = load_delta(base=pair.base, finetuned=pair.finetuned).pruned(change, seed=0)
+        save_checkpoint(open_checkpoint(pair.base), delta, folder, dtype="float32")
+    return Pair(f"{pair.name}, {change.label}", pair.base, str(folder))
