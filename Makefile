@@ -5,6 +5,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 BASE ?=
 FINETUNED ?=
 EVALUATION ?=
+OTHER_BASE ?=
+INPUTS ?=
 
 .PHONY: install report test refresh bench
 
@@ -23,7 +25,8 @@ $(STAMP): pyproject.toml constraints.txt
 
 report: install
 	@echo "== report: running the notebooks"
-	@$(BIN)/python -m delta_analysis.report --base "$(BASE)" --finetuned "$(FINETUNED)" --evaluation "$(EVALUATION)"
+	@$(BIN)/python -m delta_analysis.report --base "$(BASE)" --finetuned "$(FINETUNED)" --evaluation "$(EVALUATION)" \
+		--other-base "$(OTHER_BASE)" --inputs "$(INPUTS)"
 
 test: install
 	@echo "== test 1/4: ruff"

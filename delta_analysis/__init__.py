@@ -20,8 +20,11 @@ from delta_analysis.evaluate import (
     load_labelled,
     load_questions,
 )
+from delta_analysis.foresight import ForetoldDropRate, tolerated_drop_rate
 from delta_analysis.known_pairs import known_pairs
+from delta_analysis.layer_noise import layer_noise
 from delta_analysis.patching import patched
+from delta_analysis.proportional import Proportional
 from delta_analysis.pruning import Dare, Magnitude, MagPrune
 from delta_analysis.ranges import magnitude_histogram, value_ranges
 from delta_analysis.ray_executor import RayExecutor
@@ -38,6 +41,7 @@ __all__ = [
     "Delta",
     "Edit",
     "ExactMatch",
+    "ForetoldDropRate",
     "HiddenSimilarity",
     "Labelled",
     "LmEval",
@@ -46,6 +50,7 @@ __all__ = [
     "NotHomologousError",
     "OutputDrift",
     "Pair",
+    "Proportional",
     "Question",
     "RayExecutor",
     "SweepError",
@@ -54,6 +59,7 @@ __all__ = [
     "damage_summary",
     "drop_curve",
     "known_pairs",
+    "layer_noise",
     "lead",
     "load_delta",
     "load_labelled",
@@ -67,5 +73,6 @@ __all__ = [
     "save_checkpoint",
     "sweep",
     "tally_delta",
+    "tolerated_drop_rate",
     "value_ranges",
 ]

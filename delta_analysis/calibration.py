@@ -1,8 +1,8 @@
 """Measure what foresight is fitted on: `python -m delta_analysis.calibration`.
 
-The tolerated drop rates of DARE in the embedded family: every pair of all sizes, the fine-tune `code` against each checkpoint of the trail, and the encoder,
-dropped from in all tensors and in parts of them. It takes some twenty minutes on two cores, and goes
-on where it was when interrupted.
+The tolerated drop rates of DARE in the embedded family: every pair of all sizes, the fine-tune `code`
+against each checkpoint of the trail, and the encoder, dropped from in all tensors and in parts of
+them. It takes some twenty minutes on two cores, and goes on where it was when interrupted.
 """
 
 from __future__ import annotations
@@ -87,7 +87,9 @@ def main() -> None:
             warnings.simplefilter("ignore", UserWarning)
             tables.append(measure(relations, scopes, out).assign(group=name))
     file = calibration_file()
-    pd.concat(tables).to_csv(file, index=False, float_format="%.6g", lineterminator="\n")
+    partial = file.with_name(f".{file.name}.partial")
+    pd.concat(tables).to_csv(partial, index=False, float_format="%.6g", lineterminator="\n")
+    partial.replace(file)
     print(file)
 
 

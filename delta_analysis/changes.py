@@ -34,7 +34,13 @@ class Change(Protocol):
 
 @dataclass(frozen=True)
 class Scaled:
-    """`factor · δ`, with a finite factor above 0."""
+    """`factor · δ`, with a finite factor above 0.
+
+    Examples
+    --------
+    >>> Scaled(2.0)(torch.tensor([1.0, -2.0]), name="w", seed=0)
+    tensor([ 2., -4.])
+    """
 
     factor: float
 
@@ -52,7 +58,16 @@ class Scaled:
 
 @dataclass(frozen=True)
 class Clipped:
-    """Without outliers: the `share` of each tensor's entries that are largest is cut to the largest of the others."""
+    """Without outliers: the `share` of each tensor's entries that are largest is cut to the size of the next one.
+
+    Of n entries `round(share · n)` are cut; where the next one is as large as they are, nothing changes,
+    and at a share of 1 nothing is left.
+
+    Examples
+    --------
+    >>> Clipped(0.25)(torch.tensor([1.0, -2.0, 3.0, -9.0]), name="w", seed=0)
+    tensor([ 1., -2.,  3., -3.])
+    """
 
     share: float
 
@@ -64,14 +79,21 @@ class Clipped:
         return f"largest {100 * self.share:g}% clipped"
 
     def __call__(self, tensor: torch.Tensor, *, name: str, seed: int) -> torch.Tensor:
-        others = tensor.abs()[~largest(tensor, self.share)]
-        limit = float(others.max()) if others.numel() else 0.0
+        sizes = tensor.abs().reshape(-1)
+        left = len(sizes) - round(self.share * len(sizes))
+        limit = float(sizes.kthvalue(left).values) if left else 0.0
         return tensor.clamp(-limit, limit)
 
 
 @dataclass(frozen=True)
 class Topless:
-    """With the `share` of each tensor's entries that are largest set to zero."""
+    """With the `share` of each tensor's entries that are largest set to zero, and all that equal the last of them.
+
+    Examples
+    --------
+    >>> Topless(0.25)(torch.tensor([1.0, -2.0, 3.0, -9.0]), name="w", seed=0)
+    tensor([ 1., -2.,  3.,  0.])
+    """
 
     share: float
 
@@ -88,7 +110,13 @@ class Topless:
 
 @dataclass(frozen=True)
 class Permuted:
-    """With the entries of each tensor in an order drawn from (seed, name): equal values, no structure."""
+    """With the entries of each tensor in an order drawn from (seed, name): equal values, no structure.
+
+    Examples
+    --------
+    >>> Permuted()(torch.tensor([1.0, -2.0, 3.0, -4.0]), name="w", seed=0).sort().values
+    tensor([-4., -2.,  1.,  3.])
+    """
 
     @property
     def label(self) -> str:
@@ -101,7 +129,13 @@ class Permuted:
 
 @dataclass(frozen=True)
 class SignsRedrawn:
-    """With the sign of each entry drawn anew from (seed, name): equal sizes in equal places, no direction."""
+    """With the sign of each entry drawn anew from (seed, name): equal sizes in equal places, no direction.
+
+    Examples
+    --------
+    >>> SignsRedrawn()(torch.tensor([1.0, -2.0, 3.0, -4.0]), name="w", seed=0).abs()
+    tensor([1., 2., 3., 4.])
+    """
 
     @property
     def label(self) -> str:
@@ -112,8 +146,30 @@ class SignsRedrawn:
         return tensor.abs() * torch.from_numpy(2 * drawn - 1).to(tensor).view(tensor.shape)
 
 
+@dataclass(frozen=True)
+class Chain:
+    """Several changes, one after the other."""
+
+    changes: tuple[Change, ...]
+
+    @property
+    def label(self) -> str:
+        return ", ".join(change.label for change in self.changes)
+
+    def __call__(self, tensor: torch.Tensor, *, name: str, seed: int) -> torch.Tensor:
+        for change in self.changes:
+            tensor = change(tensor, name=name, seed=seed)
+        return tensor
+
+
 def largest(tensor: torch.Tensor, share: float) -> torch.Tensor:
-    """A mask of the `share` of entries that are largest in magnitude, and of those equal to the last of them."""
+    """A mask of the `share` of entries that are largest in magnitude, and of all that equal the last of them.
+
+    Examples
+    --------
+    >>> largest(torch.tensor([1.0, -2.0, 3.0, -3.0]), 0.25)
+    tensor([False, False,  True,  True])
+    """
     count = round(share * tensor.numel())
     if not count:
         return torch.zeros_like(tensor, dtype=torch.bool)
@@ -131,12 +187,29 @@ def derived_pair(pair: Pair, change: Change, out_dir: str | Path) -> Pair:
     """A pair whose fine-tune is base plus the changed delta, so that it can be judged against itself.
 
     It is written in float32 into a folder below `out_dir` named by the files' hashes and the change,
-    and used again if it is there.
+    and used again if it is there. What is drawn is drawn under seed 0.
+
+    Parameters
+    ----------
+    pair : with a base.
+    change : such as `Scaled(2.0)`.
+    out_dir : a folder, made if it is not there; of a relative path one below the repository.
+
+    Returns
+    -------
+    Pair of the same base, named after both.
 
     Raises
     ------
     ValueError
         A pair without a base.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> pair = Pair("base → instruct", "zoo:tiny/base", "zoo:tiny/instruct")
+    >>> derived_pair(pair, Scaled(2.0), tempfile.mkdtemp()).name
+    'base → instruct, size × 2'
     """
     if pair.base is None:
         raise ValueError(f"pair {pair.name!r} has no base, so no delta that could be changed")

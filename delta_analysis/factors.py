@@ -59,10 +59,10 @@ def best_factors(cells: pd.DataFrame, *, drift: str = "top5_logit_mse") -> pd.Da
         untouched = cells[(cells["pair"] == pair) & (cells["drop_rate"] == 0) & (cells["metric"] == "accuracy")]
         answers = here[here["metric"] == "accuracy"]
         scores = {
-            "labels": _on_half(answers, 0).groupby("factor")["value"].mean(),
+            "labels": on_half(answers, 0).groupby("factor")["value"].mean(),
             "no labels": -here[here["metric"] == drift].groupby("factor")["value"].mean(),
         }
-        judging = _on_half(pd.concat([untouched, answers]), 1)
+        judging = on_half(pd.concat([untouched, answers]), 1)
         start = judging.loc[judging["drop_rate"] == 0, "value"].iloc[0]
         own = float(answers["factor"].max())
         for chosen_by, score in scores.items():
@@ -83,7 +83,7 @@ def halves(count: int) -> tuple[np.ndarray, np.ndarray]:
     return np.sort(order[: count // 2]), np.sort(order[count // 2 :])
 
 
-def _on_half(cells: pd.DataFrame, half: int) -> pd.DataFrame:
+def on_half(cells: pd.DataFrame, half: int) -> pd.DataFrame:
     """The cells on one half of their items."""
     outcomes = [np.asarray(values)[halves(len(values))[half]].tolist() for values in cells["outcomes"]]
     return cells.assign(outcomes=outcomes, value=[float(np.mean(values)) for values in outcomes])

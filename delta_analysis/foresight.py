@@ -8,6 +8,7 @@ predictor is given a line of its own, on the logarithm of the predictor.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -55,14 +56,31 @@ def calibration_table() -> pd.DataFrame:
 
 
 def fit_line(table: pd.DataFrame, predictor: str) -> Line:
-    """Least squares over the rows whose tolerance is not at an end of the search, where it is only a bound."""
+    """Least squares over the rows whose tolerance is not at an end of the search, where it is only a bound.
+
+    Rows whose predictor is 0 or missing are left out too.
+
+    Examples
+    --------
+    >>> bool(-1.1 < fit_line(calibration_table(), "noise_rss").slope < -0.8)
+    True
+    """
     inner = table[table["tolerated"].between(LOWEST + END, HIGHEST - END) & table[predictor].gt(0)]
     slope, intercept = np.polyfit(np.log(inner[predictor]), inner["tolerated"].map(logit), 1)
     return Line(float(intercept), float(slope))
 
 
 def left_out(table: pd.DataFrame, predictor: str, *, by: Sequence[str] = ("base", "finetuned")) -> pd.Series:
-    """The log(p/(1-p)) of each row foretold by the line through all rows of other pairs (by `by`)."""
+    """The log(p/(1-p)) of each row foretold by the line through all rows of other pairs (by `by`).
+
+    Missing where the predictor is 0 or missing.
+
+    Examples
+    --------
+    >>> table = calibration_table()
+    >>> left_out(table, "noise_rss").between(*LOGITS).all().item()
+    True
+    """
     usable = table[table[predictor].gt(0)]
     foretold = pd.Series(np.nan, table.index)
     for _, group in usable.groupby(list(by), sort=False):
@@ -87,6 +105,11 @@ def compare_predictors(table: pd.DataFrame, predictors: Sequence[str] = PREDICTO
     `median_error`, of its absolute value; `strict_error`, as `error` but with all pairs of a fine-tune left
     out together; `rank`, Spearman's correlation with the measured tolerance, and `rank_low, rank_high`;
     `slope` of the line through all rows, and `slope_low, slope_high`.
+
+    Examples
+    --------
+    >>> compare_predictors(calibration_table(), ["abs_p50", "noise_rss"])["predictor"].tolist()
+    ['noise_rss', 'abs_p50']
     """
     predictors = list(predictors)
     table = table[table[predictors].gt(0).all(axis=1)].reset_index(drop=True)
@@ -117,7 +140,15 @@ def compare_predictors(table: pd.DataFrame, predictors: Sequence[str] = PREDICTO
 
 
 def error_difference(table: pd.DataFrame, one: str, other: str) -> Interval:
-    """How much larger the error of one predictor is than that of another, with an interval that resamples pairs."""
+    """How much larger the error of one predictor is than that of another, with an interval that resamples pairs.
+
+    The error is that of `compare_predictors`; rows that either lacks are left out.
+
+    Examples
+    --------
+    >>> error_difference(calibration_table(), "abs_p50", "noise_rss").low > 0
+    True
+    """
     table = table[table[[one, other]].gt(0).all(axis=1)].reset_index(drop=True)
     measured, weights = table["tolerated"].map(logit), _pair_weights(table)
     first, second = (_error_samples(measured - left_out(table, each), weights) for each in (one, other))
@@ -126,7 +157,13 @@ def error_difference(table: pd.DataFrame, one: str, other: str) -> Interval:
 
 
 def best_predictor(table: pd.DataFrame, predictors: Sequence[str]) -> str:
-    """The one of least error, each pair foretold by all others."""
+    """The one of least error, each pair foretold by all others; rows that any lacks are left out for all.
+
+    Examples
+    --------
+    >>> best_predictor(calibration_table(), ["abs_p50", "noise_rss"])
+    'noise_rss'
+    """
     usable = table[table[list(predictors)].gt(0).all(axis=1)]
     measured = usable["tolerated"].map(logit)
     return min(predictors, key=lambda predictor: _rms(measured - left_out(usable, predictor)))
@@ -211,7 +248,7 @@ def tolerated_drop_rate(
     Raises
     ------
     ValueError
-        A scope that selects nothing; a delta that is zero there.
+        A scope that selects nothing; one in which the delta is zero, or with inputs reaches no layer.
 
     Examples
     --------
@@ -225,7 +262,10 @@ def tolerated_drop_rate(
     predictor = best_predictor(table, candidates)
     value = float(delta_predictors(delta, [scope], inputs)[predictor].iloc[0])
     if not value > 0:
-        raise ValueError(f"scope {scope!r}: the delta is zero there, so nothing that is dropped can matter")
+        raise ValueError(
+            f"scope {scope!r}: {predictor} is {value:g} there, and it foretells only above 0; "
+            "either the delta is zero there, or no layer that inputs reach is in the scope: try another scope"
+        )
     usable = table[table[predictor].gt(0)]
     errors = usable["tolerated"].map(logit) - left_out(usable, predictor, by=["finetuned"])
     foretold = float(fit_line(usable, predictor).at(value))
@@ -243,7 +283,7 @@ def _outside(delta: Delta, table: pd.DataFrame, predictor: str, value: float) ->
     # The table is rounded.
     if not 0.999 * low <= value <= 1.001 * high:
         found.append(f"its {predictor} is {value:.3g}, and {low:.3g} to {high:.3g} where the line was fitted")
-    numel = sum(match.finetuned.numel for match in delta.compared.values() if match.finetuned is not None)
+    numel = sum(math.prod(match.shape) for match in delta.compared.values())
     low, high = table["numel"].min(), table["numel"].max()
     if not low / TENFOLD <= numel <= high * TENFOLD:
         found.append(

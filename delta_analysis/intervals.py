@@ -130,3 +130,16 @@ def metric_interval(metric: Metric, outcomes: np.ndarray) -> Interval:
     ends = percentile_interval(outcomes.mean(), samples)
     with np.errstate(over="ignore"):
         return Interval(*metric.value(np.array(ends)).tolist())
+
+
+def kept_interval(metric: Metric, outcomes: np.ndarray, untouched: np.ndarray) -> Interval:
+    """The share of the untouched metric that is kept, with a 95% interval that resamples seeds and items of both alike.
+
+    Examples
+    --------
+    >>> kept_interval(MEAN, np.zeros((5, 200)), np.ones((1, 200)))
+    Interval(value=0.0, low=0.0, high=0.0)
+    """
+    resamples = two_way_resamples(*outcomes.shape, block=metric.block)
+    sampled = metric.kept_share(resampled_means(outcomes, resamples), resampled_means(untouched, resamples))
+    return percentile_interval(float(metric.kept_share(outcomes.mean(), untouched.mean())), sampled)

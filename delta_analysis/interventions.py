@@ -27,8 +27,8 @@ class Noise:
     Parameters
     ----------
     drop_rate : p, in [0, 1]; the noise is that of DARE at this rate.
-    kind : `dropping`, `ε = DARE(d) - d`, which with d = δ is DARE itself; `gaussian`,
-        `ε = d · √(p/(1-p)) · z` with z standard normal, for p below 1.
+    kind : `dropping`, `ε = DARE(d) - d`, which with d = δ is DARE itself, to the last bit of float32;
+        `gaussian`, `ε = d · √(p/(1-p)) · z` with z standard normal, for p below 1.
     source : makes d out of δ; None for d = δ.
 
     Raises
@@ -64,7 +64,8 @@ class Noise:
     @property
     def random(self) -> bool:
         """Whether seeds make a difference."""
-        return self.drop_rate > 0
+        # At 1 the result is δ - d, and d may be drawn.
+        return 0 < self.drop_rate < 1 or (self.drop_rate == 1 and self.source is not None)
 
     def __call__(self, tensor: torch.Tensor, *, name: str, seed: int) -> torch.Tensor:
         """The delta's tensor with noise, of its shape, dtype and device."""

@@ -21,7 +21,7 @@ from delta_analysis.delta import Delta, load_delta
 from delta_analysis.editable import finetuned_model
 from delta_analysis.evaluate.texts import Batch, check_texts, token_batches
 from delta_analysis.laws import Law, Lawful, Number
-from delta_analysis.meeting import Isotropic, Matrix, Meeting, meet, positions
+from delta_analysis.meeting import Isotropic, Matrix, Meeting, energy, meet, positions
 from delta_analysis.names import bare_name, parse_name
 from delta_analysis.patching import parameters_of
 from delta_analysis.pruning import Dare, Prune, Pruner, prepared
@@ -168,26 +168,32 @@ class _Laws:
                 )
         object.__setattr__(self, "ready", tuple(prepared(each, self.delta, self.seed) for each in self.pruners))
 
-    def energies(self, meeting: Meeting, name: str, tensor: torch.Tensor) -> Iterator[tuple[float, float]]:
+    def energies(
+        self, meeting: Meeting, name: str, tensor: torch.Tensor, noise: float
+    ) -> Iterator[tuple[float, float]]:
         """Error and bound of each pruner, on the delta's tensor at the inputs of the meeting."""
         for pruner, prune in zip(self.pruners, self.ready, strict=True):
-            if pruner.random and isinstance(pruner, Lawful):
-                yield _error(meeting, tensor, pruner.law(tensor, name=name))
+            if pruner.random and isinstance(prune, Lawful):
+                yield _error(meeting, tensor, prune.law(tensor, name=name), noise)
             else:
-                dropped = _energy(meeting.outputs(prune(tensor, name=name, seed=self.seed) - tensor))
+                dropped = energy(meeting.outputs(prune(tensor, name=name, seed=self.seed) - tensor))
                 yield dropped, dropped
 
 
-def _error(meeting: Meeting, delta: torch.Tensor, law: Law) -> tuple[float, float]:
+def _error(meeting: Meeting, delta: torch.Tensor, law: Law, noise: float) -> tuple[float, float]:
     """The expected squared error of a law, and its bound, summed over positions."""
-    noise = meeting.spread_sum(_scaled(delta, _root(law.variance)))
-    tail = _scaled(delta, _root(law.tail))
     logarithm = math.log(2 / GAMMA)
+    random = _random(meeting, delta, law.variance, noise)
     if not _any(law.bias):
-        return noise, logarithm * meeting.spread_sum(tail)
+        return random, logarithm * _random(meeting, delta, law.tail, noise)
     shift = meeting.outputs(_scaled(delta, law.bias))
-    bound = shift.abs() + (logarithm * meeting.spread(tail)).sqrt()
-    return _energy(shift) + noise, _energy(bound)
+    bound = shift.abs() + (logarithm * meeting.spread(_scaled(delta, _root(law.tail)))).sqrt()
+    return energy(shift) + random, energy(bound)
+
+
+def _random(meeting: Meeting, delta: torch.Tensor, variance: Number, noise: float) -> float:
+    """The noise base of a delta each of whose entries has a variance; with a variance of 1 for all it is `noise`."""
+    return variance * noise if isinstance(variance, float) else meeting.spread_sum(_scaled(delta, _root(variance)))
 
 
 def _scaled(delta: torch.Tensor, by: Number) -> torch.Tensor:
@@ -204,22 +210,19 @@ def _any(bias: Number) -> bool:
     return bool((torch.as_tensor(bias).abs() > 1e-12).any())
 
 
-def _energy(tensor: torch.Tensor) -> float:
-    return float(tensor.square().sum(dtype=torch.float64))
-
-
 def _measured(meeting: Meeting, laws: _Laws, name: str, tensor: torch.Tensor, output: float, count: int) -> _Energies:
     """All energies of a layer at some inputs."""
-    if bad := int((~torch.isfinite(tensor)).sum()):
+    if not math.isfinite(energy(tensor)) and (bad := int(torch.count_nonzero(~torch.isfinite(tensor)))):
         raise ValueError(f"tensor {name!r} of the delta has {bad} NaN or infinite entries of {tensor.numel()}")
-    error, bound = np.array(list(laws.energies(meeting, name, tensor))).T
-    return _Energies(count, _energy(meeting.outputs(tensor)), meeting.spread_sum(tensor), output, error, bound)
+    noise = meeting.spread_sum(tensor)
+    error, bound = np.array(list(laws.energies(meeting, name, tensor, noise))).T
+    return _Energies(count, energy(meeting.outputs(tensor)), noise, output, error, bound)
 
 
 def _without_inputs(delta: Delta, name: str, laws: _Laws) -> _Energies:
     tensor, base = delta.read(name)
     weight = tensor if base is None else base + tensor
-    found = _measured(Isotropic(), laws, name, tensor, _energy(weight), 1)
+    found = _measured(Isotropic(), laws, name, tensor, energy(weight), 1)
     return found._replace(signal=math.nan)
 
 
@@ -279,7 +282,7 @@ def _add(
     if isinstance(meeting, Matrix) and isinstance(module.bias, torch.Tensor):
         made = made - module.bias
     tensor = delta[use.tensor].to(made.device)
-    found = _measured(meeting, laws, use.tensor, tensor, _energy(made), len(made))
+    found = _measured(meeting, laws, use.tensor, tensor, energy(made), len(made))
     before = totals.get(use)
     totals[use] = found if before is None else _Energies(*map(operator.add, before, found))
 

@@ -43,8 +43,9 @@ class Matrix:
 
     def spread_sum(self, entries: torch.Tensor) -> float:
         # Second moments of the inputs are enough, and take no product of matrices.
-        moments = self.x.square().sum(dim=0, dtype=torch.float64)
-        return float(entries.square().sum(dim=1 if self.transposed else 0, dtype=torch.float64) @ moments)
+        moments = self.x.square().sum(dim=0)
+        squares = entries.square()
+        return float((moments @ squares if self.transposed else squares @ moments).sum(dtype=torch.float64))
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +61,7 @@ class Elementwise:
         return self.outputs(entries).square()
 
     def spread_sum(self, entries: torch.Tensor) -> float:
-        return float(self.spread(entries).sum(dtype=torch.float64))
+        return energy(self.outputs(entries))
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,15 +73,15 @@ class Rows:
     batch: Batch
 
     def outputs(self, entries: torch.Tensor) -> torch.Tensor:
-        whole = torch.zeros(self.module.get_parameter("weight").shape, device=entries.device)
-        whole[: len(entries)] = entries
+        rows = len(self.module.get_parameter("weight"))
+        whole = entries if len(entries) == rows else torch.nn.functional.pad(entries, (0, 0, 0, rows - len(entries)))
         return positions(_twin(self.module, weight=whole).forward(*self.arguments), self.batch)
 
     def spread(self, entries: torch.Tensor) -> torch.Tensor:
         return self.outputs(entries).square()
 
     def spread_sum(self, entries: torch.Tensor) -> float:
-        return float(self.spread(entries).sum(dtype=torch.float64))
+        return energy(self.outputs(entries))
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +95,7 @@ class Isotropic:
         return entries.square()
 
     def spread_sum(self, entries: torch.Tensor) -> float:
-        return float(entries.square().sum(dtype=torch.float64))
+        return energy(entries)
 
 
 def meet(
@@ -120,10 +121,15 @@ def _normed(module: torch.nn.Module, arguments: tuple[Any, ...], batch: Batch) -
 
 def _twin(module: torch.nn.Module, **parameters: torch.Tensor) -> torch.nn.Module:
     """The module with other parameters, in float32 all of them; it itself is left alone."""
-    own = {name: parameter.detach().float() for name, parameter in module.named_parameters(recurse=False)}
+    others = {name: own.detach().float() for name, own in module.named_parameters() if name not in parameters}
     twin = copy.copy(module)
-    vars(twin)["_parameters"] = {**module._parameters, **own, **parameters}
+    vars(twin)["_parameters"] = {**module._parameters, **others, **parameters}
     return twin
+
+
+def energy(values: torch.Tensor) -> float:
+    """The sum of squares: a row at a time in float32, over rows in float64, without a copy of the values."""
+    return float(torch.linalg.vector_norm(values, dim=-1).double().square().sum())
 
 
 def positions(values: torch.Tensor, batch: Batch) -> torch.Tensor:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from numbers import Real
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 
@@ -186,6 +186,10 @@ class Magnitude:
             )
         return self.drop_below(self.cut({name: tensor}, seed), tensor, name=name, seed=seed)
 
+    def over(self, tensors: Mapping[str, torch.Tensor], seed: int) -> Prune:
+        """The pruner of all these tensors together."""
+        return partial(self.drop_below, self.cut(tensors, seed))
+
     def cut(self, tensors: Mapping[str, torch.Tensor], seed: int) -> Cut:
         """Where the entries to drop end, in the order of magnitudes over all these tensors."""
         return find_cut(tensors.items, self.drop_rate, seed=seed)
@@ -300,14 +304,19 @@ class MagPrune:
         return self.drop_rate + self.width / 2 - self.width * shares_of_range(rows, name)
 
 
-def prepared(pruner: Pruner | Prune, tensors: Mapping[str, torch.Tensor], seed: int) -> Prune:
-    """The pruner as it acts on the tensors of one delta.
+@runtime_checkable
+class WholeModel(Protocol):
+    """A pruner that may compare entries of all tensors (scope `"model"`), and so has to read them first."""
 
-    Magnitude pruning over the whole model has to read all tensors first; every other pruner is
-    ready as it is.
-    """
-    if isinstance(pruner, Magnitude) and pruner.scope == "model":
-        return partial(pruner.drop_below, pruner.cut(tensors, seed))
+    @property
+    def scope(self) -> str: ...
+    def over(self, tensors: Mapping[str, torch.Tensor], seed: int) -> Prune: ...
+
+
+def prepared(pruner: Pruner | Prune, tensors: Mapping[str, torch.Tensor], seed: int) -> Prune:
+    """The pruner as it acts on the tensors of one delta; one that compares all of them reads them now."""
+    if isinstance(pruner, WholeModel) and pruner.scope == "model":
+        return pruner.over(tensors, seed)
     return pruner
 
 

@@ -25,7 +25,9 @@ NOTEBOOK_METADATA = {
 def main() -> None:
     """Refresh every notebook."""
     folder = find_root() / "notebooks"
-    for path in tqdm(sorted(folder.glob("[0-9]*.ipynb")), unit="notebook"):
+    # The overview reads the results of all the others.
+    notebooks = sorted(folder.glob("[0-9]*.ipynb"), key=lambda path: (path.stem.startswith("00_"), path))
+    for path in tqdm(notebooks, unit="notebook"):
         refresh(path)
         produced = find_root() / "runs" / path.stem
         kept = folder / "results" / path.stem

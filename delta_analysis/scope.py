@@ -59,6 +59,28 @@ def in_scope(scope: str, tensors: Mapping[str, int]) -> list[str]:
     return [name for name in tensors if name in chosen]
 
 
+def parts_and_layers(tensors: Mapping[str, int], *, most_layers: int = 4) -> dict[str, list[str]]:
+    """Scopes that take a model apart: each of `PARTS` that it has, and single layers evenly from first to last.
+
+    `tensors` is as for `in_scope`; each scope comes with the tensors that it selects.
+
+    Examples
+    --------
+    >>> list(parts_and_layers({"model.embed_tokens.weight": 2, "model.layers.0.mlp.up_proj.weight": 2}))
+    ['mlp', 'embeddings', 'model.layers.0.*']
+    """
+    parsed = {name: parse_name(name, ndim) for name, ndim in tensors.items()}
+    found = {part: [name for name, ndim in tensors.items() if _selects(part, name, ndim)] for part in PARTS}
+    first = {layer: name for name, (layer, _, _) in reversed(parsed.items()) if layer != NO_LAYER}
+    depths = sorted(first)
+    count = min(most_layers, len(depths))
+    for i in range(count):
+        layer = depths[round(i * (len(depths) - 1) / max(count - 1, 1))]
+        pattern = first[layer].split(f".{layer}.")[0] + f".{layer}.*"
+        found[pattern] = in_scope(pattern, tensors)
+    return {scope: names for scope, names in found.items() if names}
+
+
 def _selects(part: str, name: str, ndim: int) -> bool:
     if part not in SCOPES:
         return fnmatchcase(name, part)

@@ -16,6 +16,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from delta_analysis import editable
+from delta_analysis._errors import CheckpointError
 from delta_analysis.checkpoint import open_checkpoint
 from delta_analysis.delta import load_delta
 from delta_analysis.editable import (
@@ -24,6 +25,7 @@ from delta_analysis.editable import (
     Pair,
     editable_shapes,
     edited_source,
+    finetuned_model,
     held_pair,
     release_pairs,
 )
@@ -300,6 +302,35 @@ def test_what_is_edited_is_the_base_of_what_is_no_model(family: Family, adapter:
     assert edited_source(Pair("whole", base, tuned)) == tuned
     assert edited_source(Pair("alone", None, tuned)) == tuned
     assert edited_source(Pair("adapter", base, str(adapter("up_proj")))) == base
+
+
+def test_the_finetuned_model_alone_has_the_weights_on_disk(family: Family) -> None:
+    delta = load_delta(base=family.base, finetuned=family.finetuned)
+    for dtype, expected in (("float32", torch.float32), ("auto", torch.bfloat16)):
+        model, tokenizer = finetuned_model(delta, dtype=dtype)
+        assert not model.training
+        assert model.dtype == expected
+        assert same_bits({n: w.float() for n, w in weights_of(model).items()}, family.finetuned_weights)
+        assert tokenizer("abc", add_special_tokens=False)["input_ids"]
+        assert model.config.pad_token_id == tokenizer.pad_token_id
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+def test_the_finetuned_model_of_an_adapter_is_its_base_with_the_delta(
+    family: Family, adapter: Callable[..., Path]
+) -> None:
+    folder = adapter("q_proj", "up_proj")
+    delta = load_delta(base=family.base, finetuned=folder)
+    peft = logits(PeftModel.from_pretrained(load_model(open_checkpoint(family.base)), folder))
+    model, _ = finetuned_model(delta)
+    np.testing.assert_allclose(logits(model), peft, rtol=1e-4, atol=1e-5)
+    changed = {name: family.base_weights[name] + tensor for name, tensor in delta.items()}
+    assert same_bits(weights_of(model), family.base_weights | changed)
+    stored = weights_of(finetuned_model(delta, dtype="auto")[0])
+    assert torch.equal(stored[UP], changed[UP].bfloat16())
+    # Without its base there is no model.
+    with pytest.raises(CheckpointError, match=r"has no tokenizer|is no model"):
+        finetuned_model(load_delta(base=None, finetuned=folder))
 
 
 def test_editable_are_the_tensors_of_the_delta_but_no_classifiers_head(family: Family) -> None:

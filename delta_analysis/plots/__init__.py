@@ -9,6 +9,7 @@ from delta_analysis.plots.curves import (
     tolerance_by_size,
 )
 from delta_analysis.plots.methods import damage_scatter, method_dots, winner_map
+from delta_analysis.plots.noise import foretold_scatter, noise_by_layer, recovery_dots, shift_rows, trail_tolerance
 from delta_analysis.plots.ranges import (
     MOST_ANNOTATED,
     layer_heatmap,
@@ -28,17 +29,22 @@ __all__ = [
     "damage_scatter",
     "drop_curves",
     "factor_curves",
+    "foretold_scatter",
     "layer_heatmap",
     "magnitude_histograms",
     "magnitude_quantiles",
     "mark_tolerated",
     "method_colours",
     "method_dots",
+    "noise_by_layer",
+    "recovery_dots",
     "reference_lines",
     "set_style",
+    "shift_rows",
     "short_module",
     "similarity_by_layer",
     "tolerance_by_size",
     "trail_growth",
+    "trail_tolerance",
     "winner_map",
 ]

@@ -18,6 +18,11 @@ from delta_analysis.tolerance import logit
 _RATE_TICKS = (0.001, 0.01, 0.03, 0.1, 0.3, 0.5, 0.7, 0.9, 0.95, 0.99, 0.999)
 
 
+def rate_ticks(low: float, high: float) -> list[float]:
+    """Drop rates to be named on an axis of log(p/(1-p)) from `low` to `high`."""
+    return [p for p in _RATE_TICKS if low <= logit(p) <= high]
+
+
 def drop_curves(
     curve: pd.DataFrame,
     *,
@@ -159,7 +164,7 @@ def tolerance_by_size(tolerances: pd.DataFrame, *, hue: str = "relation", ax: Ax
         y, low, high = (line[column].map(logit) for column in ("tolerated", "low", "high"))
         ax.errorbar(x, y, [y - low, high - y], fmt="o-", color=colour, ms=5, lw=1.4, elinewidth=1.4, label=name)
     ends = tolerances["low"].map(logit).min() - 0.3, tolerances["high"].map(logit).max() + 0.3
-    shown = [p for p in _RATE_TICKS if ends[0] <= logit(p) <= ends[1]]
+    shown = rate_ticks(*ends)
     ax.set_yticks([logit(p) for p in shown], [f"{p:g}" for p in shown])
     ax.set(xscale="log", ylim=ends, xlabel="parameters", ylabel="tolerated drop rate, on log(p / (1 − p))")
     sizes = sorted(set(tolerances["parameters"]))

@@ -24,6 +24,7 @@ METHOD_COLOURS = {
     "MP": "#D55E00",
     "MP + rescale": "#CC79A7",
     "MAGPRUNE": "#009E73",
+    "proportional": "#E69F00",
 }
 """A method has the same colour in every figure."""
 

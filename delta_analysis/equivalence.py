@@ -1,0 +1,103 @@
+"""Damage in terms of DARE's drop rate: which drop rate does as much harm as an intervention, and which it should be."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from delta_analysis.curve import outcome_matrix
+from delta_analysis.intervals import Interval, metric_named, percentile_interval, resampled_means, two_way_resamples
+from delta_analysis.tolerance import inverse_logit, kept_shares, logit
+
+
+def matched_rate(drop_rate: float, ratio: float) -> float:
+    """The drop rate whose noise is that of `drop_rate` on a delta with a noise base `ratio` times as small.
+
+    `p/(1-p) · ratio` stays the same, so a delta twice the size, of ratio 4, has a quarter of the odds.
+
+    Examples
+    --------
+    >>> matched_rate(0.5, 1.0), round(matched_rate(0.9, 9.0), 6)
+    (0.5, 0.5)
+    """
+    return inverse_logit(logit(drop_rate) - float(np.log(ratio)))
+
+
+def damaging_rate(cells: pd.DataFrame, *, kept: float = 0.5) -> float:
+    """The drop rate among those tried at which the share that is kept is nearest to `kept`.
+
+    `cells` are rows of `sweep` for one pair, method and metric, drop rate 0 among them. There
+    a difference in damage shows most.
+    """
+    metric = metric_named(cells["metric"].iloc[0])
+    shares = kept_shares(metric, outcomes_by_rate(cells))
+    return min((rate for rate in shares if 0 < rate < 1), key=lambda rate: abs(shares[rate] - kept))
+
+
+def outcomes_by_rate(cells: pd.DataFrame) -> dict[float, np.ndarray]:
+    """Drop rate -> outcomes (seeds, items) of one pair, method and metric."""
+    return {float(rate): outcome_matrix(rows) for rate, rows in cells.groupby("drop_rate")}
+
+
+def equivalent_shift(reference: pd.DataFrame, edited: pd.DataFrame, drop_rate: float) -> Interval:
+    """How much further than `drop_rate` DARE would have to go to do the same damage, on log(p/(1-p)).
+
+    The share of the untouched metric that is kept is looked up on DARE's curve, taken as never rising
+    and linear between the rates tried; beyond their ends the shift is that of the end. 0: as much
+    damage as DARE at `drop_rate`; 1: as much as at odds p/(1-p) that are e times as large.
+
+    Parameters
+    ----------
+    reference : rows of `sweep` for DARE on one pair and metric, drop rate 0 among them.
+    edited : those of one edit, all its seeds; of the same pair, or of another with drop rate 0 among them.
+    drop_rate : what the edit is compared with, in (0, 1).
+
+    Returns
+    -------
+    Interval, 95%, which resamples seeds and items, the same on both sides.
+    """
+    metric = metric_named(reference["metric"].iloc[0])
+    curve = outcomes_by_rate(reference)
+    own = outcomes_by_rate(edited)
+    start = curve[0.0]
+    own_start = own.pop(0.0, start)
+    (outcomes,) = own.values()
+    rates = [rate for rate in curve if 0 < rate < 1]
+    seeds = max(len(outcomes), *(len(curve[rate]) for rate in rates))
+    resamples = two_way_resamples(seeds, start.shape[1], block=metric.block)
+
+    def shares(values: np.ndarray, untouched: np.ndarray) -> np.ndarray:
+        """The share kept, first as measured, then in every sample."""
+        sampled = metric.kept_share(resampled_means(values, resamples), resampled_means(untouched, resamples))
+        return np.concatenate([[metric.kept_share(values.mean(), untouched.mean())], sampled])
+
+    line = np.minimum.accumulate(np.array([shares(curve[rate], start) for rate in rates]), axis=0)
+    wanted, scale = shares(outcomes, own_start), np.array([logit(rate) for rate in rates])
+    # From the last rate, where least is kept, to the first.
+    places = [np.interp(share, column[::-1], scale[::-1]) for share, column in zip(wanted, line.T, strict=True)]
+    shifts = np.array(places) - logit(drop_rate)
+    return percentile_interval(shifts[0], shifts[1:])
+
+
+def at_least(found: Interval, bound: float) -> str:
+    """Whether a value is at least `bound`, as far as its interval tells: `holds`, `refuted` or `cannot tell`.
+
+    Examples
+    --------
+    >>> at_least(Interval(0.9, 0.7, 1.1), 0.5), at_least(Interval(0.1, 0.0, 0.2), 0.5)
+    ('holds', 'refuted')
+    """
+    return "holds" if found.low >= bound else "refuted" if found.high < bound else "cannot tell"
+
+
+def at_most_off(found: Interval, bound: float) -> str:
+    """Whether a value is within `bound` of 0, as far as its interval tells: `holds`, `refuted` or `cannot tell`.
+
+    Examples
+    --------
+    >>> at_most_off(Interval(0.1, -0.2, 0.4), 0.5), at_most_off(Interval(0.1, -0.2, 0.7), 0.5)
+    ('holds', 'cannot tell')
+    """
+    if -bound <= found.low and found.high <= bound:
+        return "holds"
+    return "refuted" if found.low > bound or found.high < -bound else "cannot tell"

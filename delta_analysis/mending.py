@@ -1,0 +1,178 @@
+"""Ways to drop from a delta that breaks under DARE: rates and factors by layer, a low-rank part kept whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+
+from delta_analysis._errors import one_of
+from delta_analysis.laws import Law, Lawful
+from delta_analysis.pruning import Dare, Pruner, checked_drop_rate
+
+RULES = ("least", "equal")
+STEPS = 200
+"""Halvings of a bracket of logarithms, more than float64 can tell apart."""
+
+
+@dataclass(frozen=True)
+class PerTensor:
+    """A pruner of its own for each tensor.
+
+    Attributes
+    ----------
+    label : what tables and figures call it.
+    drop_rate : p over all tensors.
+    pruners : name of each tensor and its pruner.
+    """
+
+    label: str
+    drop_rate: float
+    pruners: tuple[tuple[str, Pruner], ...]
+    rescale: str = "by tensor"
+
+    @property
+    def method(self) -> str:
+        return self.label
+
+    @property
+    def random(self) -> bool:
+        return any(pruner.random for _, pruner in self.pruners)
+
+    def __call__(self, tensor: torch.Tensor, *, name: str, seed: int) -> torch.Tensor:
+        return self._of(name)(tensor, name=name, seed=seed)
+
+    def law(self, tensor: torch.Tensor, *, name: str) -> Law:
+        pruner = self._of(name)
+        assert isinstance(pruner, Lawful)
+        return pruner.law(tensor, name=name)
+
+    def _of(self, name: str) -> Pruner:
+        found = dict(self.pruners).get(name)
+        if found is None:
+            raise ValueError(f"tensor {name!r} has no pruner of its own; {self.label!r} was made for other tensors")
+        return found
+
+
+def allot(noise: pd.DataFrame, numel: Mapping[str, int], drop_rate: float, *, rule: str = "least") -> PerTensor:
+    """DARE with drop rates allotted to tensors so that the noise that is foretold is least, or equal.
+
+    With keep rates k, tensor l makes noise `a_l (1/k_l - 1)`, a_l its noise base as a share of the
+    output of its layer, summed over its uses. Under `Σ n_l k_l = (1-p) Σ n_l`,
+
+    - the least sum has `-a_l/k_l² + μ n_l = 0`, so `k_l = min(1, c √(a_l/n_l))`: keep rates in proportion
+      to the root of the noise base of an entry;
+    - equal noise c has `k_l = a_l/(a_l + c)`.
+
+    In both c follows from the budget, which falls or rises with it.
+
+    Parameters
+    ----------
+    noise : a table of `layer_noise` with one pruner.
+    numel : name of each tensor of the delta -> its number of entries.
+    drop_rate : p over all entries, in (0, 1).
+    rule : `least` or `equal`.
+
+    Raises
+    ------
+    ValueError
+        An unknown rule, a drop rate at an end; tensors without a row in `noise`.
+
+    Source: this package.
+    """
+    if rule not in RULES:
+        raise ValueError(one_of("rule", rule, RULES))
+    if not 0 < checked_drop_rate(drop_rate) < 1:
+        raise ValueError(f"drop_rate: {drop_rate} leaves nothing to allot; give one between 0 and 1")
+    shares = noise.groupby("tensor")["noise_share"].sum()
+    if missing := [name for name in numel if name not in shares.index]:
+        raise ValueError(f"noise has no row for tensor {missing[0]!r}, one of {len(missing)} that it lacks")
+    n = np.array([numel[name] for name in numel], dtype=np.float64)
+    a = np.array([shares[name] for name in numel])
+    rates: dict[str, Callable[[float], np.ndarray]] = {
+        "least": lambda c: np.minimum(1, c * np.sqrt(a / n)),
+        "equal": lambda c: c * a / (c * a + 1),
+    }
+    keep = rates[rule](_solve(lambda c: float(n @ rates[rule](c)), (1 - drop_rate) * n.sum()))
+    pruners = tuple((name, Dare(1 - float(k))) for name, k in zip(numel, keep, strict=True))
+    return PerTensor(f"DARE, {rule} noise", drop_rate, pruners)
+
+
+def _solve(kept: Callable[[float], float], budget: float) -> float:
+    """The c at which a rising function reaches the budget."""
+    low, high = -300.0, 300.0
+    for _ in range(STEPS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if kept(float(np.exp(middle))) < budget else (low, middle)
+    return float(np.exp(high))
+
+
+def factors_by_layer(noise: pd.DataFrame, drop_rate: float, weight: float) -> PerTensor:
+    """Dropping with a factor 1/q for each tensor that weighs lost signal against noise.
+
+    The factor f minimises `((1-p) f - 1)² S + weight · p(1-p) f² N`, so `f = A / ((1-p) A + weight · p)`
+    with the alignment gain A = S/N, and at least 1. A weight of 0 is DARE, one of 1 the least squared
+    error of the layer's output, a large one drop only. DAREx (arXiv 2410.09344) chooses factors by layer
+    from its bound, and likewise tunes one number for all layers; this rule is not its own.
+
+    Parameters
+    ----------
+    noise : a table of `layer_noise` with inputs and one pruner.
+    drop_rate : p, in [0, 1].
+    weight : at least 0.
+    """
+    sums = noise.groupby("tensor", sort=False)[["signal", "noise"]].sum()
+    gain = (sums["signal"] / sums["noise"]).fillna(1.0)
+    factors = (gain / ((1 - drop_rate) * gain + weight * drop_rate)).clip(lower=1.0)
+    pruners = tuple((str(name), Dare(drop_rate, float(factor))) for name, factor in factors.items())
+    return PerTensor(f"drop × factors by layer, weight {weight:g}", drop_rate, pruners)
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """The best low-rank part of each matrix, kept whole, plus DARE of what is left over.
+
+    Of the `(1-p) · n` numbers that may be kept of a matrix (m, n'), the share `share` goes to
+    `r = ⌊share · (1-p) n / (m + n')⌋` pairs of singular vectors, the others to the entries of the residual
+    that are not dropped. Of vectors everything is dropped from as by DARE.
+
+    Parameters
+    ----------
+    drop_rate : p, in [0, 1].
+    share : of the numbers kept that goes to the low-rank part, in [0, 1].
+
+    Source: this package; low-rank plus residual as in Delta-CoMe's comparison, arXiv 2406.08903.
+    """
+
+    drop_rate: float
+    share: float = 0.5
+    rescale: str = "inverse_keep"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "drop_rate", checked_drop_rate(self.drop_rate))
+        if not 0 <= self.share <= 1:
+            raise ValueError(f"share must be in [0, 1]; not {self.share!r}")
+
+    @property
+    def method(self) -> str:
+        return f"rank + residual, {100 * self.share:g}%"
+
+    @property
+    def random(self) -> bool:
+        return 0 < self.drop_rate < 1
+
+    def __call__(self, tensor: torch.Tensor, *, name: str, seed: int) -> torch.Tensor:
+        """The pruned tensor, dense, of the input's shape, dtype and device."""
+        kept = (1 - self.drop_rate) * tensor.numel()
+        size = sum(tensor.shape) if tensor.dim() == 2 else 0
+        rank = int(self.share * kept / size) if size else 0
+        if not rank:
+            return Dare(self.drop_rate)(tensor, name=name, seed=seed)
+        delta = tensor.detach().to(torch.float32)
+        left, values, right = torch.linalg.svd(delta, full_matrices=False)
+        low = (left[:, :rank] * values[:rank]) @ right[:rank]
+        residual = Dare(1 - (kept - rank * size) / tensor.numel())(delta - low, name=name, seed=seed)
+        return (low + residual).to(tensor.dtype)
