@@ -7,7 +7,7 @@ from pathlib import Path
 
 from delta_analysis.editable import Pair
 from delta_analysis.evaluate import Evaluation
-from delta_analysis.family import BOTH, SFT, Relation
+from delta_analysis.family import BOTH, SFT, Relation, short_source
 from delta_analysis.known_pairs import PREFIX
 from delta_analysis.parameter_checks import ParameterError, Rates, check_pair, choose_evaluation, evaluation_file
 from delta_analysis.parameters import AblationParameters
@@ -48,18 +48,17 @@ class ContinualParameters:
             for parameter in ("other_base", "inputs"):
                 if getattr(self, parameter):
                     raise ParameterError(parameter, "needs base and finetuned; the embedded family brings its own")
-        checked = self._ablation()
+        checked = self._ablation(self.evaluation)
         for field in ("base", "finetuned", "drop_rates"):
             object.__setattr__(self, field, getattr(checked, field))
         if self.other_base:
             self._check_other_base()
-        if self.inputs:
-            self._judge(self.inputs, "inputs")
+        if self.inputs and not self._inputs().texts:
+            raise ParameterError("inputs", f"{self.inputs!r} has no texts to read; give a text file or a .jsonl")
 
-    def _ablation(self) -> AblationParameters:
+    def _ablation(self, evaluation: str) -> AblationParameters:
         given = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("other_base", "inputs")}
-        given["evaluation"] = self.evaluation or self.inputs
-        return AblationParameters(**given, scope="all")
+        return AblationParameters(**{**given, "evaluation": evaluation}, scope="all")
 
     def _check_other_base(self) -> None:
         if self.other_base.startswith(PREFIX):
@@ -68,16 +67,19 @@ class ContinualParameters:
             object.__setattr__(self, "other_base", str(find_input(self.other_base)))
         if self.other_base == self.base:
             raise ParameterError("other_base", "is the same as base; give another base of the fine-tune, or none")
+        if short_source(self.other_base) == short_source(self.base):
+            name = short_source(self.base)
+            raise ParameterError("other_base", f"is called {name!r}, as base is; name the folders differently")
         try:
             check_pair(self.other_base, self.finetuned)
         except ParameterError as error:
             raise ParameterError("other_base", str(error).split(": ", 1)[1]) from error
 
-    def _judge(self, file: str, parameter: str) -> Evaluation:
+    def _inputs(self) -> Evaluation:
         try:
-            return choose_evaluation(file, max(self.n_questions, MOST_TEXTS), chat_template=self.chat_template)
+            return choose_evaluation(self.inputs, max(self.n_questions, MOST_TEXTS), chat_template=self.chat_template)
         except ParameterError as error:
-            raise ParameterError(parameter, str(error).split(": ", 1)[1]) from error
+            raise ParameterError("inputs", str(error).split(": ", 1)[1]) from error
 
     @property
     def embedded(self) -> bool:
@@ -93,15 +95,8 @@ class ContinualParameters:
             task = "code"
             near = Relation("zoo:small/code-cpt", "zoo:small/code", SFT, task)
             return near, Relation("zoo:small/base", "zoo:small/code", BOTH, task)
-        (given,) = self._ablation().relations()
-        if not self.other_base:
-            return (given,)
-        other = given._replace(base=self.other_base)
-        if other.name == given.name:
-            raise ParameterError(
-                "other_base", f"two pairs would be called {given.name!r}; name the folders differently"
-            )
-        return given, other
+        (given,) = self._ablation(self.evaluation or self.inputs).relations()
+        return (given, given._replace(base=self.other_base)) if self.other_base else (given,)
 
     def pairs(self) -> list[Pair]:
         """The same as a sweep takes them."""
@@ -113,7 +108,7 @@ class ContinualParameters:
 
     def texts(self) -> tuple[str, ...]:
         """What layers get their inputs from: the texts of `inputs`, or of the evaluation, or the sample text."""
-        own = self._judge(self.inputs, "inputs") if self.inputs else self.evaluation_of()
+        own = self._inputs() if self.inputs else self.evaluation_of()
         found = own.texts or choose_evaluation("", self.n_questions).texts
         return found[:MOST_TEXTS]
 

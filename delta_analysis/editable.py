@@ -149,8 +149,8 @@ def finetuned_model(
     """The fine-tuned model of a delta, loaded, or for an adapter made of its base; and the tokenizer."""
     apart = delta.base if delta.finetuned.is_difference else None
     whole = apart or delta.finetuned
-    tokenizer = load_tokenizer(whole)
     model = load_model(whole, device, dtype)
+    tokenizer = load_tokenizer(whole)
     if getattr(model.config, "pad_token_id", None) is None:
         # A classifier finds the end of a padded text by it.
         model.config.pad_token_id = tokenizer.pad_token_id

@@ -15,6 +15,11 @@ def matched_rate(drop_rate: float, ratio: float) -> float:
 
     `p/(1-p) · ratio` stays the same, so a delta twice the size, of ratio 4, has a quarter of the odds.
 
+    Parameters
+    ----------
+    drop_rate : p, in (0, 1).
+    ratio : of the other noise base to this one, above 0.
+
     Examples
     --------
     >>> matched_rate(0.5, 1.0), round(matched_rate(0.9, 9.0), 6)
@@ -26,8 +31,24 @@ def matched_rate(drop_rate: float, ratio: float) -> float:
 def damaging_rate(cells: pd.DataFrame, *, kept: float = 0.5) -> float:
     """The drop rate among those tried at which the share that is kept is nearest to `kept`.
 
-    `cells` are rows of `sweep` for one pair, method and metric, drop rate 0 among them. There
-    a difference in damage shows most.
+    There a difference in damage shows most.
+
+    Parameters
+    ----------
+    cells : rows of `sweep` for one pair, method and metric, drop rate 0 and one in (0, 1) among them.
+    kept : a share of the untouched metric, in [0, 1].
+
+    Raises
+    ------
+    ValueError
+        No drop rate 0; an untouched model that answers nothing.
+
+    Examples
+    --------
+    >>> outcomes = [[1.0, 1.0], [1.0, 0.0], [0.0, 0.0]]
+    >>> made_up = {"metric": "accuracy", "seed": 0, "drop_rate": [0.0, 0.3, 0.9], "outcomes": outcomes}
+    >>> damaging_rate(pd.DataFrame(made_up))
+    0.3
     """
     metric = metric_named(cells["metric"].iloc[0])
     shares = kept_shares(metric, outcomes_by_rate(cells))
@@ -43,8 +64,9 @@ def equivalent_shift(reference: pd.DataFrame, edited: pd.DataFrame, drop_rate: f
     """How much further than `drop_rate` DARE would have to go to do the same damage, on log(p/(1-p)).
 
     The share of the untouched metric that is kept is looked up on DARE's curve, taken as never rising
-    and linear between the rates tried; beyond their ends the shift is that of the end. 0: as much
-    damage as DARE at `drop_rate`; 1: as much as at odds p/(1-p) that are e times as large.
+    and linear between the rates tried; where it is flat the lowest rate counts, and beyond the ends the
+    shift is that of the end. 0: as much damage as DARE at `drop_rate`; 1: as much as at odds p/(1-p)
+    that are e times as large.
 
     Parameters
     ----------

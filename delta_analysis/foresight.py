@@ -169,6 +169,17 @@ def best_predictor(table: pd.DataFrame, predictors: Sequence[str]) -> str:
     return min(predictors, key=lambda predictor: _rms(measured - left_out(usable, predictor)))
 
 
+def chosen_anew(table: pd.DataFrame, predictors: Sequence[str]) -> pd.Series:
+    """The log(p/(1-p)) of each row foretold without its pair: the predictor too is chosen among the other pairs."""
+    usable = table[table[list(predictors)].gt(0).all(axis=1)]
+    foretold = pd.Series(np.nan, table.index)
+    for _, group in usable.groupby(["base", "finetuned"], sort=False):
+        others = usable.drop(group.index)
+        best = best_predictor(others, predictors)
+        foretold[group.index] = fit_line(others, best).at(group[best])
+    return foretold
+
+
 def _pair_weights(table: pd.DataFrame) -> np.ndarray:
     """How often each row is drawn when pairs are resampled with all their scopes: (samples, rows)."""
     pairs = table.groupby(["base", "finetuned"], sort=False).ngroup().to_numpy()

@@ -135,6 +135,11 @@ def metric_interval(metric: Metric, outcomes: np.ndarray) -> Interval:
 def kept_interval(metric: Metric, outcomes: np.ndarray, untouched: np.ndarray) -> Interval:
     """The share of the untouched metric that is kept, with a 95% interval that resamples seeds and items of both alike.
 
+    Parameters
+    ----------
+    outcomes : of the edited model, (seeds, items).
+    untouched : of the untouched model, (1, items), or one row a seed of `outcomes`.
+
     Examples
     --------
     >>> kept_interval(MEAN, np.zeros((5, 200)), np.ones((1, 200)))

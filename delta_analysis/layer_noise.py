@@ -20,16 +20,13 @@ from delta_analysis.checkpoint import Source
 from delta_analysis.delta import Delta, load_delta
 from delta_analysis.editable import finetuned_model
 from delta_analysis.evaluate.texts import Batch, check_texts, token_batches
-from delta_analysis.laws import Law, Lawful, Number
 from delta_analysis.meeting import Isotropic, Matrix, Meeting, energy, meet, positions
 from delta_analysis.names import bare_name, parse_name
 from delta_analysis.patching import parameters_of
-from delta_analysis.pruning import Dare, Prune, Pruner, prepared
+from delta_analysis.pruning import Dare, Pruner
+from delta_analysis.pruning_error import ReadyPruners
 
-GAMMA = 0.05
-"""The bound holds for an output with probability 1 - γ at least."""
 MOST_TOKENS = 256
-COLUMNS = ("signal", "noise", "output", "error", "bound")
 
 
 class _Energies(NamedTuple):
@@ -140,100 +137,43 @@ def delta_noise(
     """
     if not pruners:
         raise ValueError("pruners: none is given; expected at least one, such as Dare(0.9)")
-    laws = _Laws(delta, tuple(pruners), seed)
+    ready = ReadyPruners(delta, tuple(pruners), seed)
     if inputs is None:
-        found = [(_Use(name, "", "", torch.nn.Module()), _without_inputs(delta, name, laws)) for name in delta]
+        found = [(_Use(name, "", "", torch.nn.Module()), _without_inputs(delta, name, ready)) for name in delta]
     else:
         check_texts(tuple(inputs), most_tokens)
         model, tokenizer = finetuned_model(replace(delta, edits=()), device, dtype)
         batches = token_batches(tuple(inputs), model, tokenizer, most_tokens=most_tokens)
-        found = _over_batches(delta, model, batches, laws)
+        found = _over_batches(delta, model, batches, ready)
     return pd.DataFrame([row for use, energies in found for row in _rows(use, delta, energies, pruners)])
 
 
-@dataclass(frozen=True)
-class _Laws:
-    """Pruners made ready for a delta."""
-
-    delta: Delta
-    pruners: tuple[Pruner, ...]
-    seed: int
-    ready: tuple[Prune, ...] = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        for pruner in self.pruners:
-            if pruner.random and not isinstance(pruner, Lawful):
-                raise ValueError(
-                    f"pruners: {pruner} is random and has no method law(tensor, name=…), so no closed form"
-                )
-        object.__setattr__(self, "ready", tuple(prepared(each, self.delta, self.seed) for each in self.pruners))
-
-    def energies(
-        self, meeting: Meeting, name: str, tensor: torch.Tensor, noise: float
-    ) -> Iterator[tuple[float, float]]:
-        """Error and bound of each pruner, on the delta's tensor at the inputs of the meeting."""
-        for pruner, prune in zip(self.pruners, self.ready, strict=True):
-            if pruner.random and isinstance(prune, Lawful):
-                yield _error(meeting, tensor, prune.law(tensor, name=name), noise)
-            else:
-                dropped = energy(meeting.outputs(prune(tensor, name=name, seed=self.seed) - tensor))
-                yield dropped, dropped
-
-
-def _error(meeting: Meeting, delta: torch.Tensor, law: Law, noise: float) -> tuple[float, float]:
-    """The expected squared error of a law, and its bound, summed over positions."""
-    logarithm = math.log(2 / GAMMA)
-    random = _random(meeting, delta, law.variance, noise)
-    if not _any(law.bias):
-        return random, logarithm * _random(meeting, delta, law.tail, noise)
-    shift = meeting.outputs(_scaled(delta, law.bias))
-    bound = shift.abs() + (logarithm * meeting.spread(_scaled(delta, _root(law.tail)))).sqrt()
-    return energy(shift) + random, energy(bound)
-
-
-def _random(meeting: Meeting, delta: torch.Tensor, variance: Number, noise: float) -> float:
-    """The noise base of a delta each of whose entries has a variance; with a variance of 1 for all it is `noise`."""
-    return variance * noise if isinstance(variance, float) else meeting.spread_sum(_scaled(delta, _root(variance)))
-
-
-def _scaled(delta: torch.Tensor, by: Number) -> torch.Tensor:
-    return delta * (by if isinstance(by, float) else by.to(delta))
-
-
-def _root(variance: Number) -> Number:
-    # A probability of 0 may be rounded to one below it, and so may its variance.
-    return variance**0.5 if isinstance(variance, float) else variance.clamp(min=0).sqrt()
-
-
-def _any(bias: Number) -> bool:
-    """Whether a mean is off by more than rounding."""
-    return bool((torch.as_tensor(bias).abs() > 1e-12).any())
-
-
-def _measured(meeting: Meeting, laws: _Laws, name: str, tensor: torch.Tensor, output: float, count: int) -> _Energies:
+def _measured(
+    meeting: Meeting, pruners: ReadyPruners, name: str, tensor: torch.Tensor, output: float, count: int
+) -> _Energies:
     """All energies of a layer at some inputs."""
     if not math.isfinite(energy(tensor)) and (bad := int(torch.count_nonzero(~torch.isfinite(tensor)))):
         raise ValueError(f"tensor {name!r} of the delta has {bad} NaN or infinite entries of {tensor.numel()}")
     noise = meeting.spread_sum(tensor)
-    error, bound = np.array(list(laws.energies(meeting, name, tensor, noise))).T
+    error, bound = np.array(list(pruners.errors(meeting, name, tensor, noise))).T
     return _Energies(count, energy(meeting.outputs(tensor)), noise, output, error, bound)
 
 
-def _without_inputs(delta: Delta, name: str, laws: _Laws) -> _Energies:
+def _without_inputs(delta: Delta, name: str, pruners: ReadyPruners) -> _Energies:
     tensor, base = delta.read(name)
     weight = tensor if base is None else base + tensor
-    found = _measured(Isotropic(), laws, name, tensor, energy(weight), 1)
+    found = _measured(Isotropic(), pruners, name, tensor, energy(weight), 1)
     return found._replace(signal=math.nan)
 
 
 def _over_batches(
-    delta: Delta, model: PreTrainedModel, batches: Iterator[Batch], laws: _Laws
+    delta: Delta, model: PreTrainedModel, batches: Iterator[Batch], pruners: ReadyPruners
 ) -> list[tuple[_Use, _Energies]]:
     """Energies of each use of a tensor of the delta, summed over the batches."""
     uses = list(_uses(model, delta))
     totals: dict[_Use, _Energies] = {}
     for batch in batches:
-        with _watched(uses, partial(_add, totals, delta, laws, batch)), torch.inference_mode():
+        with _watched(uses, partial(_add, totals, delta, pruners, batch)), torch.inference_mode():
             model(**batch.inputs(model))
     return [(use, totals[use]) for use in uses if use in totals]
 
@@ -269,7 +209,7 @@ def _watched(uses: Sequence[_Use], add: Any) -> Iterator[None]:
 def _add(
     totals: dict[_Use, _Energies],
     delta: Delta,
-    laws: _Laws,
+    pruners: ReadyPruners,
     batch: Batch,
     use: _Use,
     module: torch.nn.Module,
@@ -282,7 +222,7 @@ def _add(
     if isinstance(meeting, Matrix) and isinstance(module.bias, torch.Tensor):
         made = made - module.bias
     tensor = delta[use.tensor].to(made.device)
-    found = _measured(meeting, laws, use.tensor, tensor, energy(made), len(made))
+    found = _measured(meeting, pruners, use.tensor, tensor, energy(made), len(made))
     before = totals.get(use)
     totals[use] = found if before is None else _Energies(*map(operator.add, before, found))
 

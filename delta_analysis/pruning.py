@@ -291,7 +291,7 @@ class MagPrune:
         else:
             row = tensor.numel() if self.rank == "tensor" else row_length(tensor)
             drop = self._by_rank(row, kernels_for(tensor.device).rank_sums(values.reshape(-1, row)))
-        drop = drop.view(tensor.shape)
+        drop = drop.view(tensor.shape).clamp(0, 1)
         return Law(drop, expected_factor(self.rescale, tensor, drop, self.drop_rate))
 
     def _by_rank(self, count: int, sums: torch.Tensor) -> torch.Tensor:

@@ -39,17 +39,18 @@ from delta_analysis.checkpoint import open_checkpoint
 from delta_analysis.delta import load_delta
 from delta_analysis.editable import finetuned_model
 from delta_analysis.evaluate import texts as texts_module
-from delta_analysis.layer_noise import _Laws, _measured, delta_noise, layer_noise
+from delta_analysis.layer_noise import _measured, delta_noise, layer_noise
 from delta_analysis.loading import load_model
 from delta_analysis.meeting import Matrix
 from delta_analysis.pruning import Pruner
+from delta_analysis.pruning_error import ReadyPruners
 from delta_analysis.zoo.tokenizer import character_tokenizer
 from tests.tiny_family import EMBED, NORM, UP, Family, make_family
 
 TEXTS = ["reverse abc\n", "a", "what is 23 plus 45?\n", "spell the word alphabet backwards"]
 PAIR = ("zoo:tiny/base", "zoo:tiny/instruct")
 ENCODER = ("zoo:encoder/base", "zoo:encoder/strings")
-SEEDS = 300
+SEEDS = 200
 SIGMAS = 5
 """Width of the statistical bounds, in standard errors of the mean over masks."""
 EXACT = (da.Magnitude(1.0), da.Magnitude(0.5), da.Magnitude(0.7, "row"), da.Magnitude(0.6, "model", "inverse_keep"))
@@ -437,7 +438,7 @@ PRUNERS = st.sampled_from(
 
 def energies(x: torch.Tensor, delta: torch.Tensor, pruner: Pruner) -> tuple[float, ...]:
     """Signal, noise, error and bound."""
-    found = _measured(Matrix(x), _Laws({}, (pruner,), 0), "w", delta, 1.0, len(x))  # type: ignore[arg-type]
+    found = _measured(Matrix(x), ReadyPruners({}, (pruner,), 0), "w", delta, 1.0, len(x))  # type: ignore[arg-type]
     return found.signal, found.noise, float(found.error[0]), float(found.bound[0])
 
 
@@ -493,7 +494,7 @@ def test_a_probability_that_is_rounded_below_0_has_no_error() -> None:
     pruner, delta = da.MagPrune(p, window=2 * p), torch.arange(1.0, 8.0)[None]
     drop = pruner.law(delta, name="w").drop
     assert isinstance(drop, torch.Tensor)
-    assert -1e-15 < drop.min() < 0
+    assert drop.min() == 0
     expected = float((delta.square() * drop / (1 - drop)).sum())
     assert energies(torch.ones(1, 7), delta, pruner)[2] == pytest.approx(expected)
 
@@ -533,7 +534,7 @@ def test_the_number_of_threads_does_not_matter() -> None:
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            tables.append(layer_noise(*PAIR, TEXTS, pruners=(da.Dare(0.9, 4.0), da.MagPrune(0.8), da.Magnitude(0.5))))
+            tables.append(layer_noise(*PAIR, TEXTS[:2], pruners=[da.Dare(0.9, 4.0)]))
     finally:
         torch.set_num_threads(before)
     pd.testing.assert_frame_equal(*tables, rtol=1e-5)

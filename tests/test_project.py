@@ -52,6 +52,7 @@ LAYERS = (
     ("evaluate",),
     ("editable",),
     ("jobs", "family", "meeting", "changes"),
+    ("pruning_error",),
     ("sweep", "comparison", "layer_noise", "interventions"),
     ("tolerance", "damage", "factors", "predictors", "mending"),
     ("recovery",),

@@ -23,7 +23,7 @@ from delta_analysis.plots.style import (
 )
 from delta_analysis.tolerance import logit
 
-APART = 1.15
+APART = 1.35
 """Labels of points that are nearer to each other on a log axis would overlap."""
 
 

@@ -13,17 +13,21 @@ import pandas as pd
 import papermill
 import pytest
 
+from delta_analysis.continual import ContinualParameters
 from delta_analysis.delta import load_delta
+from delta_analysis.overview import OverviewParameters
 from delta_analysis.parameter_checks import ParameterError
 from delta_analysis.parameters import AblationParameters, ModelSizeParameters, ValueRangesParameters
 from delta_analysis.paths import find_root
 
 FOLDER = find_root() / "notebooks"
 PARAMETERS: dict[str, type] = {
+    "00_overview": OverviewParameters,
     "01_value_ranges": ValueRangesParameters,
     "02_dare_ablation": AblationParameters,
     "03_rescale_vs_drop_only": AblationParameters,
     "04_pruning_methods": AblationParameters,
+    "05_continual_pretraining": ContinualParameters,
     "06_finetuned_vs_delta": AblationParameters,
     "07_model_size": ModelSizeParameters,
 }
@@ -171,6 +175,28 @@ def test_pruning_methods_of_another_pair_by_perplexity(tmp_path: Path) -> None:
     assert set(results["metric"].dropna()) == {"perplexity"}
 
 
+def test_explanation_of_another_fine_tune_by_a_text(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("user: what does python print for len('abc')?\nbot: 3\n>>> 2 + 3\n5\n\n" * 8)
+    triad = {"base": "zoo:tiny/code-cpt", "finetuned": "zoo:tiny/code", "other_base": "zoo:tiny/base"}
+    results = _results("05_continual_pretraining", tmp_path, **triad, inputs=str(text), n_seeds=2, drop_rates="0.3,0.9")
+    assert set(results.loc[results["table"] == "tolerances", "pair"]) == {"code-cpt → code", "base → code"}
+    assert set(results.loc[results["table"] == "verdicts", "verdict"]) <= {"holds", "refuted", "cannot tell"}
+    assert set(results.loc[results["table"] == "cells", "metric"]) == {"perplexity", "kl", "top5_logit_mse"}
+
+
+def test_explanation_of_a_single_pair(tmp_path: Path) -> None:
+    pair = {
+        "base": "zoo:encoder/base",
+        "finetuned": "zoo:encoder/strings",
+        "inputs": "data/zoo/tasks/strings-right.jsonl",
+    }
+    results = _results("05_continual_pretraining", tmp_path, **pair, **FEW, drop_rates="0.5,0.9")
+    assert set(results.loc[results["table"] == "cells", "pair"]) >= {"base → strings"}
+    run = json.loads((tmp_path / "results" / "run.json").read_text())
+    assert run["headline"].startswith("DARE keeps 95% up to p = ")
+
+
 def test_weights_and_delta_of_another_model(tmp_path: Path) -> None:
     results = _results("06_finetuned_vs_delta", tmp_path, **PAIR, **FEW, drop_rates="0.1,0.5")
     assert set(results["dropped from"]) == {"delta", "weights"}
@@ -207,10 +233,12 @@ def test_a_wrong_parameter_stops_the_run_in_the_validation_cell(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("name", "parameters", "message"),
     [
+        ("00_overview", {"results": "nowhere"}, "parameter results: nowhere: holds no"),
         ("01_value_ranges", {"base": "zoo:small/bas", "finetuned": "zoo:small/math"}, "parameter base: .*known are"),
         ("02_dare_ablation", {"device": "gpu"}, "parameter device: must be one of cpu"),
         ("03_rescale_vs_drop_only", {"scope": "attn"}, "parameter scope: base → instruct: scope 'attn' selects none"),
         ("04_pruning_methods", {"drop_rates": "0.5,2"}, "parameter drop_rates: must be numbers in"),
+        ("05_continual_pretraining", {"other_base": "zoo:tiny/base"}, "parameter other_base: needs base and finetuned"),
         ("06_finetuned_vs_delta", {**PAIR, "evaluation": "maths"}, "parameter evaluation: must be one of instruct"),
         ("07_model_size", {**PAIR, "base": "a,b"}, "parameter base: names 2 checkpoints and finetuned 1; give as many"),
     ],
