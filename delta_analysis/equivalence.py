@@ -101,6 +101,20 @@ def equivalent_shift(reference: pd.DataFrame, edited: pd.DataFrame, drop_rate: f
     return percentile_interval(shifts[0], shifts[1:])
 
 
+def share_of(part: Interval, whole: Interval) -> Interval:
+    """What share of a positive whole a part is; the interval takes in the ends of both.
+
+    Examples
+    --------
+    >>> share_of(Interval(1.0, 0.5, 1.5), Interval(2.0, 1.0, 4.0))
+    Interval(value=0.5, low=0.125, high=1.5)
+    """
+    if whole.low <= 0:
+        return Interval(part.value / whole.value, -np.inf, np.inf)
+    ends = [end / size for end in part[1:] for size in whole[1:]]
+    return Interval(part.value / whole.value, min(ends), max(ends))
+
+
 def at_least(found: Interval, bound: float) -> str:
     """Whether a value is at least `bound`, as far as its interval tells: `holds`, `refuted` or `cannot tell`.
 

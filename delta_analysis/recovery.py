@@ -27,6 +27,17 @@ def ways(noise: pd.DataFrame, numel: Mapping[str, int], drop_rate: float) -> dic
     noise : a table of `layer_noise` with inputs and one pruner, a row for every tensor.
     numel : name of each tensor of the delta -> its number of entries.
     drop_rate : p, in (0, 1).
+
+    Raises
+    ------
+    ValueError
+        A drop rate of 0 or 1, or outside; a tensor without a row in `noise`.
+
+    Examples
+    --------
+    >>> noise = pd.DataFrame({"tensor": ["w"], "signal": [2.0], "noise": [1.0], "noise_share": [0.1]})
+    >>> [round(pruner.drop_rate, 9) for pruner in ways(noise, {"w": 100}, 0.75)["DARE, least noise"]]
+    [0.75]
     """
     *inner, _ = factor_grid(drop_rate, FACTORS)
     window = 0.9 * min(drop_rate, 1 - drop_rate)
@@ -63,6 +74,14 @@ def recovered(cells: pd.DataFrame, offered: Mapping[str, Sequence[Pruner]]) -> p
     DataFrame, one row a `way` and `chosen_by` (`labels`, `no labels`, or `-` where there is no choice):
     `method`, the pruner; `kept, low, high`, the share of the untouched metric with its 95% interval;
     `lead` over DARE with `lead_low, lead_high`; most kept first.
+
+    Examples
+    --------
+    >>> right, wrong = [1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0]
+    >>> made_up = {"method": ["DARE", "DARE", "MP"], "drop_rate": [0.0, 0.5, 0.5], "outcomes": [right, wrong, right]}
+    >>> cells = pd.DataFrame(made_up).assign(metric="accuracy", seed=0, value=0.0)
+    >>> recovered(cells, {"DARE": (Dare(0.5),), "MP": (Magnitude(0.5),)})[["way", "kept", "lead"]].values.tolist()
+    [['MP', 1.0, 1.0], ['DARE', 0.0, 0.0]]
     """
     drift = cells[(cells["metric"] == DRIFT) & (cells["drop_rate"] > 0)].groupby("method")["value"].mean()
     judged = cells[cells["metric"] != DRIFT]

@@ -62,7 +62,13 @@ def in_scope(scope: str, tensors: Mapping[str, int]) -> list[str]:
 def parts_and_layers(tensors: Mapping[str, int], *, most_layers: int = 4) -> dict[str, list[str]]:
     """Scopes that take a model apart: each of `PARTS` that it has, and single layers evenly from first to last.
 
-    `tensors` is as for `in_scope`; each scope comes with the tensors that it selects.
+    Each scope comes with the tensors that it selects. Of two stacks, an encoder's and a decoder's, layers
+    are those of the one that comes first.
+
+    Parameters
+    ----------
+    tensors : name of each tensor of a delta -> its number of dimensions.
+    most_layers : how many layers at most, at least 0.
 
     Examples
     --------

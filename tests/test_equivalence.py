@@ -67,7 +67,8 @@ def test_dare_with_noise_of_seeds_and_items_against_itself_is_no_shift() -> None
     """The same samples on both sides: whatever the noise, the interval is a point where the curve falls."""
     rng = np.random.default_rng(0)
     reference = {0.0: np.ones((1, N))} | {
-        p: (rng.random((5, N)) < share).astype(float) for p, share in zip(RATES, (0.95, 0.8, 0.5, 0.2, 0.05), strict=True)
+        p: (rng.random((5, N)) < share).astype(float)
+        for p, share in zip(RATES, (0.95, 0.8, 0.5, 0.2, 0.05), strict=True)
     }
     found = equivalent_shift(cells(reference), cells({0.5: reference[0.5]}, method="noise"), 0.5)
     assert found == pytest.approx((0, 0, 0), abs=1e-12)
@@ -134,7 +135,9 @@ def test_perplexity_keeps_the_probability_of_a_token() -> None:
     """Losses that grow by log 2 keep half; the curve of the means is all that counts for its value."""
     rng = np.random.default_rng(0)
     losses = rng.exponential(size=(1, N))
-    reference = {0.0: losses} | {p: np.tile(losses - math.log(share), (2, 1)) for p, share in zip(RATES, SHARES, strict=True)}
+    reference = {0.0: losses} | {
+        p: np.tile(losses - math.log(share), (2, 1)) for p, share in zip(RATES, SHARES, strict=True)
+    }
     for share in (0.4, 0.5, 0.6):
         edited = cells({0.5: losses - math.log(share)}, method="edit", metric="perplexity")
         found = equivalent_shift(cells(reference, metric="perplexity"), edited, 0.5)

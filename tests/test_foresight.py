@@ -25,6 +25,7 @@ from delta_analysis.foresight import (
     Line,
     best_predictor,
     calibration_table,
+    chosen_anew,
     compare_predictors,
     error_difference,
     fit_line,
@@ -302,6 +303,26 @@ def test_the_best_predictor_is_the_first_of_the_comparison(table: pd.DataFrame, 
     errors = pd.Series(np.abs(measured(table) - left_out(table, "good")))
     holed = table.assign(lucky=table["good"].where(errors < errors.median()))
     assert best_predictor(holed, ["good", "lucky"]) == "good"
+
+
+def test_the_predictor_too_is_chosen_without_the_pair(table: pd.DataFrame) -> None:
+    # One pair, far off, decides which of two predictors is the better one: for itself it cannot.
+    own = table["base"] == "base 3"
+    twin = table["good"] * np.exp(np.random.default_rng(1).normal(size=len(table)) / 3)
+    odd = table.assign(
+        twin=twin.where(~own, table["good"] * np.exp(8)), tolerated=table["tolerated"].where(~own, 0.002)
+    )
+    predictors = ["good", "twin"]
+    foretold = chosen_anew(odd, predictors)
+    for pair in odd["base"].unique():
+        others, this = odd[odd["base"] != pair], odd["base"] == pair
+        best = best_predictor(others, predictors)
+        np.testing.assert_array_equal(foretold[this], fit_line(others, best).at(odd.loc[this, best]))
+    moved = chosen_anew(odd.assign(tolerated=odd["tolerated"].where(~own, 0.9)), predictors)
+    np.testing.assert_array_equal(moved[own], foretold[own])
+    assert (moved[~own] != foretold[~own]).all()
+    holed = chosen_anew(odd.assign(twin=odd["twin"].where(odd.index != 5)), predictors)
+    assert holed.isna().to_numpy().nonzero()[0].tolist() == [5]
 
 
 def test_error_difference_is_positive_where_the_first_is_worse(table: pd.DataFrame, compared: pd.DataFrame) -> None:

@@ -19,6 +19,7 @@ from delta_analysis.intervals import (
     Interval,
     Metric,
     Resamples,
+    kept_interval,
     metric_interval,
     metric_named,
     percentile_interval,
@@ -329,3 +330,56 @@ def test_interval_of_few_seeds_covers_an_accuracy(n_seeds: int) -> None:
         interval = metric_interval(MEAN, outcomes)
         covered += interval.low <= 0.6 <= interval.high
     assert covered / 400 > 0.92
+
+
+@settings(deadline=None)
+@given(n_seeds=st.integers(1, 5), n_items=st.integers(1, 80), seed=st.integers(0, 99))
+def test_beside_an_untouched_model_that_is_always_right_the_share_is_the_accuracy(
+    n_seeds: int, n_items: int, seed: int
+) -> None:
+    outcomes = np.random.default_rng(seed).integers(0, 2, size=(n_seeds, n_items)).astype(float)
+    kept = kept_interval(MEAN, outcomes, np.ones((1, n_items)))
+    assert kept == pytest.approx(metric_interval(MEAN, outcomes), abs=1e-12)
+
+
+@pytest.mark.parametrize("metric", [MEAN, PERPLEXITY], ids=["mean", "perplexity"])
+def test_an_edit_that_changes_nothing_keeps_all(metric: Metric) -> None:
+    """Items are drawn alike on both sides: however much they differ, their spread cancels."""
+    untouched = np.random.default_rng(0).exponential(size=(1, 300))
+    assert kept_interval(metric, np.tile(untouched, (3, 1)), untouched) == pytest.approx((1, 1, 1))
+
+
+def test_kept_share_of_items_that_are_lost_alike() -> None:
+    untouched = np.random.default_rng(0).exponential(size=(1, 300))
+    assert kept_interval(MEAN, untouched / 4, untouched) == pytest.approx((0.25,) * 3)
+    assert kept_interval(PERPLEXITY, untouched + math.log(4), untouched) == pytest.approx((0.25,) * 3)
+
+
+def test_kept_share_of_what_is_never_right_is_finite() -> None:
+    assert kept_interval(MEAN, np.zeros((3, 20)), np.zeros((1, 20))) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(("metric", "block"), [(MEAN, 1), (PERPLEXITY, 64)], ids=["mean", "perplexity"])
+def test_kept_interval_is_that_of_ratios_on_the_same_draws(metric: Metric, block: int) -> None:
+    rng = np.random.default_rng(3)
+    untouched, outcomes = rng.exponential(size=(1, 640)), rng.exponential(2, size=(4, 640))
+    resamples = two_way_resamples(4, 640, block=block)
+    alone = resamples._replace(seeds=np.ones((len(resamples.seeds), 1)))
+    means = [np.array(slow_means(each, drawn)) for each, drawn in ((outcomes, resamples), (untouched, alone))]
+    shares = means[0] / means[1] if metric is MEAN else np.exp(means[1] - means[0])
+    value, low, high = kept_interval(metric, outcomes, untouched)
+    assert (low, high) == pytest.approx(tuple(np.quantile(shares, [0.025, 0.975])))
+    ratio = outcomes.mean() / untouched.mean()
+    assert value == pytest.approx(ratio if metric is MEAN else math.exp(untouched.mean() - outcomes.mean()))
+
+
+def test_kept_interval_covers_the_true_share_about_95_times_in_100() -> None:
+    """Items right with a chance of their own, of which an edit keeps 70%, more or less by seed."""
+    rng, trials, covered = np.random.default_rng(5), 300, 0
+    for _ in range(trials):
+        untouched = (rng.random((1, 150)) < 0.8).astype(float)
+        by_seed = 0.7 + 0.05 * rng.standard_normal((5, 1))
+        outcomes = untouched * (rng.random((5, 150)) < by_seed)
+        kept = kept_interval(MEAN, outcomes, untouched)
+        covered += kept.low <= 0.7 <= kept.high
+    assert binom.ppf(1e-4, trials, 0.95) <= covered

@@ -17,7 +17,7 @@ from scipy.optimize import minimize, minimize_scalar
 import delta_analysis as da
 from delta_analysis.layer_noise import delta_noise
 from delta_analysis.mending import LowRank, PerTensor, allot, factors_by_layer
-from delta_analysis.pruning import Dare, Magnitude, MagPrune
+from delta_analysis.pruning import Dare, Magnitude, MagPrune, Pruner
 from tests.tiny_family import NORM, QUERY, UP, Reads, make_family
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -284,7 +284,7 @@ def test_in_a_sweep(tmp_path: Path) -> None:
     family = make_family(tmp_path)
     numel = {name: tensor.numel() for name, tensor in family.delta.items()}
     shares = {name: 0.01 * (i + 1) for i, name in enumerate(numel)}
-    pruners = [allot(table(shares), numel, 0.5), LowRank(0.5)]
+    pruners: list[Pruner] = [allot(table(shares), numel, 0.5), LowRank(0.5)]
     names = (UP, QUERY, NORM)
     cells = da.sweep([family.pair()], [Dare(0), *pruners], [Reads(names)], [0, 1], tmp_path / "out")
     for pruner in pruners:

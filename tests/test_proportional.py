@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -319,10 +320,9 @@ def test_strides_and_cuts_into_blocks_do_not_matter(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_what_is_not_finite_is_refused_by_name(dtype: torch.dtype, bad: float) -> None:
     tensor = torch.tensor([1.0, bad, 2.0], dtype=dtype)
-    for call in (Proportional(0.5), Proportional(0.5).law):
-        how = {} if call != Proportional(0.5) else {"seed": 0}
+    for call in (partial(Proportional(0.5), seed=0), Proportional(0.5).law):
         with pytest.raises(ValueError, match=r"tensor 'model\.w' has NaN or infinite entries"):
-            call(tensor, name="model.w", **how)  # type: ignore[operator]
+            call(tensor, name="model.w")
     with pytest.raises(ValueError, match="tensor 'b' has NaN"):
         Proportional(0.5, "model").over({"a": torch.ones(2), "b": tensor, "c": tensor}, 0)
 
@@ -345,10 +345,9 @@ def test_parameters_are_checked() -> None:
 
 
 def test_one_tensor_is_no_model() -> None:
-    for call in (Proportional(0.5, "model"), Proportional(0.5, "model").law):
-        how = {"seed": 0} if isinstance(call, Proportional) else {}
+    for call in (partial(Proportional(0.5, "model"), seed=0), Proportional(0.5, "model").law):
         with pytest.raises(ValueError, match=r"'x\.w' is one; use delta\.pruned\(pruner, seed=…\)"):
-            call(torch.ones(3), name="x.w", **how)
+            call(torch.ones(3), name="x.w")
 
 
 def test_names_and_colours() -> None:
@@ -465,8 +464,6 @@ def test_in_a_sweep_over_a_scope(tmp_path: Path) -> None:
             delta = {name: prune(tensor, name=name, seed=seed) for name, tensor in linear.items()} | {
                 NORM: family.delta[NORM]
             }
-            expected = torch.cat(
-                [(family.base_weights[name] + delta[name]).reshape(-1) for name in (UP, QUERY, NORM)]
-            )
+            expected = torch.cat([(family.base_weights[name] + delta[name]).reshape(-1) for name in (UP, QUERY, NORM)])
             own = cells[(cells["method"] == edit.pruner.method) & (cells["seed"] == seed)]
             assert own["outcomes"].iloc[0] == pytest.approx(expected.double().tolist())

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from delta_analysis.names import parse_name
-from delta_analysis.scope import PARTS, SCOPES, in_scope
+from delta_analysis.scope import PARTS, SCOPES, in_scope, parts_and_layers
 
 SMALL = {
     "vocab_size": 12,
@@ -191,3 +191,56 @@ def test_globs_match_whole_names_with_case() -> None:
 def test_a_part_that_selects_nothing_is_refused(scope: str) -> None:
     with pytest.raises(ValueError, match="selects none of the 1 tensors, which begin with .*expected all, linear, att"):
         in_scope(scope, {"model.norm.weight": 1})
+
+
+@pytest.mark.parametrize("architecture", MODELS)
+def test_scopes_that_take_a_model_apart_select_what_they_say(architecture: str) -> None:
+    tensors = {name: weight.dim() for name, weight in model_of(architecture).named_parameters()}
+    found = parts_and_layers(tensors)
+    for scope, names in found.items():
+        assert names == in_scope(scope, tensors)
+        assert names
+    assert [scope for scope in found if scope in PARTS] == [part for part in PARTS if parts_of(part, tensors)]
+    layers = {scope: names for scope, names in found.items() if scope not in PARTS}
+    depths = [{parse_name(name, tensors[name]).layer for name in names} for names in layers.values()]
+    # Each scope is one layer, and all layers that there are have one, from first to last.
+    assert [len(depth) for depth in depths] == [1] * len(layers)
+    assert [min(depth) for depth in depths] == sorted({parse_name(*each).layer for each in tensors.items()} - {-1})
+
+
+def parts_of(part: str, tensors: dict[str, int]) -> bool:
+    return any(parses_to(part, tensors, name) for name in tensors)
+
+
+@pytest.mark.parametrize(
+    ("count", "most", "expected"),
+    [
+        (1, 4, [0]),
+        (3, 4, [0, 1, 2]),
+        (4, 4, [0, 1, 2, 3]),
+        (5, 4, [0, 1, 3, 4]),
+        (10, 4, [0, 3, 6, 9]),
+        (32, 4, [0, 10, 21, 31]),
+        (32, 2, [0, 31]),
+        (32, 1, [0]),
+        (12, 0, []),
+    ],
+)
+def test_layers_are_taken_evenly_from_first_to_last(count: int, most: int, expected: list[int]) -> None:
+    tensors = {
+        f"model.layers.{layer}.{name}.weight": 2 for layer in range(count) for name in ("self_attn.q_proj", "mlp.up")
+    }
+    found = parts_and_layers(tensors, most_layers=most)
+    assert list(found) == ["attention", "mlp", *(f"model.layers.{layer}.*" for layer in expected)]
+    for layer in expected:
+        assert found[f"model.layers.{layer}.*"] == [name for name in tensors if f"layers.{layer}." in name]
+
+
+def test_layers_come_in_the_order_of_their_numbers_whatever_that_of_the_tensors() -> None:
+    tensors = {f"h.{layer}.mlp.weight": 2 for layer in (10, 2, 0, 1)}
+    assert list(parts_and_layers(tensors)) == ["mlp", "h.0.*", "h.1.*", "h.2.*", "h.10.*"]
+
+
+def test_what_has_no_layers_has_parts_only() -> None:
+    assert parts_and_layers({"model.norm.weight": 1}) == {"norms": ["model.norm.weight"]}
+    assert parts_and_layers({"lm_head.weight": 2}) == {}
