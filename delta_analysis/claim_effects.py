@@ -11,37 +11,38 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 
-import numpy as np
 import pandas as pd
 
+from delta_analysis.claim_leads import (
+    lead_at_all_rates,
+    lead_at_high_rate,
+    lead_grows,
+    least_similarity,
+    similarity_gain,
+)
 from delta_analysis.claim_measures import (
     CONTINUED,
     FINE_TUNED,
+    GIVEN,
+    RATE,
     NotMeasuredError,
     at_rate,
     average,
-    average_over_rates,
     average_rate,
     decoders,
-    difference,
     encoders,
     greatest,
     kept,
     least,
     made_by,
-    rates_tried,
+    negative,
     tolerances,
     tolerates_more,
 )
-from delta_analysis.comparison import lead
-from delta_analysis.curve import first_metric, outcome_matrix
+from delta_analysis.equivalence import share_of
 from delta_analysis.family import BOTH, SFT
-from delta_analysis.intervals import MEAN, Interval, metric_interval
+from delta_analysis.intervals import Interval
 from delta_analysis.tolerance import tolerance_difference
-
-RATE = 0.9
-"""What a claim's "high" drop rate is: the one that the papers lead with."""
-
 
 # 01: value ranges.
 
@@ -106,73 +107,29 @@ def true_base_over_older(results: pd.DataFrame) -> Interval:
     return least(gaps)
 
 
-# 03: rescaling.
+# 05: what makes DARE impractical.
 
 
-def similarities(results: pd.DataFrame) -> dict[str, dict[tuple[str, str], np.ndarray]]:
-    """Of each fine-tune at the high rate: cosines of (seeds, texts) by layer and method."""
-    rows = made_by(results[results["table"] == "ladder"], FINE_TUNED)
-    rows = rows[rows["metric"].str.startswith("similarity/")]
-    return {
-        pair: {
-            (str(layer), str(method)): outcome_matrix(group)
-            for (layer, method), group in each[each["drop_rate"] == RATE].groupby(["metric", "method"])
-        }
-        for pair, each in at_rate(rows, RATE).items()
-    }
+def range_rule(results: pd.DataFrame) -> Interval:
+    """Rank correlation of the share of entries beyond 0.002 with the tolerated drop rate, over the family's deltas."""
+    if (results["made_by"] == GIVEN).any():
+        raise NotMeasuredError("no predictors but those of the embedded family")
+    row = results[(results["table"] == "predictors") & (results["predictor"] == "share_above_0.002")].iloc[0]
+    return Interval(row["rank"], row["rank_low"], row["rank_high"])
 
 
-def least_similarity(results: pd.DataFrame) -> Interval:
-    return least(
-        metric_interval(MEAN, outcomes)
-        for by_layer in similarities(results).values()
-        for (_, method), outcomes in by_layer.items()
-        if method == "DARE"
+def size_over_gap(results: pd.DataFrame) -> Interval:
+    """The share of the gap between two bases that is bridged by the size of the noise alone.
+
+    The lesser of both ways: the small delta's noise enlarged, the large one's made small.
+    """
+    tolerated = results[results["table"] == "tolerances"].rename(columns={"value": "tolerated"})
+    gap = tolerance_difference(*(made_by(tolerated, [kind]).iloc[0] for kind in (SFT, BOTH)))
+    resized = (results["table"] == "shifts") & results["intervention"].str.fullmatch(r"size × [^,]+", na=False)
+    enlarged, shrunk = (
+        Interval(*made_by(results[resized], [kind]).iloc[0][["measured", "low", "high"]]) for kind in (SFT, BOTH)
     )
-
-
-def similarity_gain(results: pd.DataFrame) -> Interval:
-    """How much more similar hidden states are with rescaling, the mean over layers."""
-    gains = []
-    for by_layer in similarities(results).values():
-        layers = dict.fromkeys(layer for layer, _ in by_layer)
-        gain = np.mean([by_layer[each, "DARE"] - by_layer[each, "drop only"] for each in layers], axis=0)
-        gains.append(metric_interval(MEAN, gain))
-    return average(gains)
-
-
-# 03 and 04: one method against another.
-
-
-def lead_at_high_rate(results: pd.DataFrame, method: str, other: str) -> Interval:
-    """The lead of one method over another at the high rate, over the fine-tunes."""
-    rows = compared(results)
-    return average(lead(each, method, other) for each in at_rate(rows, RATE).values())
-
-
-def lead_at_all_rates(results: pd.DataFrame, method: str, other: str) -> Interval:
-    """The lead of one method over another, the mean over all drop rates tried, over the fine-tunes."""
-    rows = compared(results)
-    leads = [
-        average_over_rates(lead(at_rate(each, p)[str(pair)], method, other) for p in rates_tried(each))
-        for pair, each in rows.groupby("pair", sort=False)
-    ]
-    return average(leads)
-
-
-def lead_grows(results: pd.DataFrame, method: str, other: str) -> Interval:
-    """How much larger the lead is at the high rate than at the lowest one, over the fine-tunes."""
-    rows = compared(results)
-    lowest = rates_tried(rows)[0]
-    if lowest >= RATE:
-        raise NotMeasuredError(f"no model at a drop rate below {RATE:g}")
-    high, low = ({pair: lead(each, method, other) for pair, each in at_rate(rows, p).items()} for p in (RATE, lowest))
-    return average(difference(high[pair], low[pair]) for pair in high)
-
-
-def compared(results: pd.DataFrame) -> pd.DataFrame:
-    """The cells of the fine-tunes under every method, by their first metric."""
-    return first_metric(made_by(results[results["table"].isin(["ladder", "cells"])], FINE_TUNED))
+    return least(share_of(each, gap) for each in (enlarged, negative(shrunk)))
 
 
 # 06: weights instead of the delta.
@@ -239,7 +196,10 @@ EFFECTS: Mapping[str, Callable[[pd.DataFrame], Interval]] = {
     "true-base": true_base_over_older,
     "cpt-breaks-dare": tolerated_on_older_base,
     "cpt-breaks-at-10": kept_on_older_base,
+    "range-rule": range_rule,
+    "range-breaks": size_over_gap,
     "rescale-matters": partial(lead_at_all_rates, method="DARE", other="drop only"),
+    "rescale-harms": partial(lead_at_all_rates, method="drop only", other="DARE", kinds=[BOTH]),
     "similarity-095": least_similarity,
     "similarity-gain": similarity_gain,
     "mp-worse": partial(lead_at_high_rate, method="DARE", other="MP"),

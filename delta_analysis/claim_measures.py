@@ -22,6 +22,8 @@ GIVEN = "given"
 FINE_TUNED = (SFT, GIVEN)
 """A pair of the user's own is taken for a fine-tune on its true base."""
 CONTINUED = (BOTH, CPT)
+RATE = 0.9
+"""What a claim's "high" drop rate is: the one that the papers lead with."""
 ENCODER_TASKS = tuple(r.task for r in ENCODER_PAIRS if r.task)
 
 
@@ -64,8 +66,12 @@ def average_over_rates(effects: Iterable[Interval]) -> Interval:
 
 def difference(one: Interval, other: Interval) -> Interval:
     """The difference of two effects with independent errors."""
-    negative = Interval(-other.value, -other.high, -other.low)
-    return Interval(*(2 * x for x in average([one, negative])))
+    return Interval(*(2 * x for x in average([one, negative(other)])))
+
+
+def negative(effect: Interval) -> Interval:
+    """The effect counted the other way round."""
+    return Interval(-effect.value, -effect.high, -effect.low)
 
 
 def made_by(results: pd.DataFrame, kinds: Iterable[str]) -> pd.DataFrame:

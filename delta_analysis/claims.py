@@ -19,8 +19,9 @@ REPRODUCED, NOT_REPRODUCED, REVERSED, CANNOT_TELL = STATUSES = (
     "reversed",
     "cannot tell",
 )
-UNITS = ("share", "drop rate", "similarity", "points", "log-odds")
-"""`points` are differences between shares or similarities; `log-odds` are differences on log(p/(1-p))."""
+UNITS = ("share", "drop rate", "similarity", "points", "log-odds", "rank correlation", "share of a gap")
+"""`points` are differences between shares or similarities; `log-odds` are differences on log(p/(1-p)), and a
+`share of a gap` is one of these over another, which may leave 0 to 1."""
 TEXTS = ("id", "topic", "claim", "figure", "source", "notebook", "measured", "unit")
 NUMBERS = ("claimed_at_least", "claimed_at_most", "reversed_beyond")
 OPTIONAL = ("figure", "claimed_at_least", "claimed_at_most")

@@ -65,8 +65,19 @@ def fit_line(table: pd.DataFrame, predictor: str) -> Line:
     >>> bool(-1.1 < fit_line(calibration_table(), "noise_rss").slope < -0.8)
     True
     """
-    inner = table[table["tolerated"].between(LOWEST + END, HIGHEST - END) & table[predictor].gt(0)]
-    slope, intercept = np.polyfit(np.log(inner[predictor]), inner["tolerated"].map(logit), 1)
+    usable = table[table[predictor].gt(0)]
+    return _fitted(*_points(usable, predictor))
+
+
+def _points(table: pd.DataFrame, predictor: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Logarithms of a predictor, log(p/(1-p)) of the tolerances, and which of these are no bounds."""
+    tolerated = table["tolerated"].to_numpy()
+    inner = (tolerated >= LOWEST + END) & (tolerated <= HIGHEST - END)
+    return np.log(table[predictor].to_numpy()), np.log(tolerated / (1 - tolerated)), inner
+
+
+def _fitted(x: np.ndarray, y: np.ndarray, some: np.ndarray) -> Line:
+    slope, intercept = np.polyfit(x[some], y[some], 1)
     return Line(float(intercept), float(slope))
 
 
@@ -82,11 +93,13 @@ def left_out(table: pd.DataFrame, predictor: str, *, by: Sequence[str] = ("base"
     True
     """
     usable = table[table[predictor].gt(0)]
-    foretold = pd.Series(np.nan, table.index)
-    for _, group in usable.groupby(list(by), sort=False):
-        others = usable.drop(group.index)
-        foretold[group.index] = fit_line(others, predictor).at(group[predictor])
-    return foretold
+    x, y, inner = _points(usable, predictor)
+    groups = usable.groupby(list(by), sort=False).ngroup().to_numpy()
+    foretold = np.full(len(usable), np.nan)
+    for group in range(groups.max(initial=-1) + 1):
+        own = groups == group
+        foretold[own] = _fitted(x, y, inner & ~own).at(np.exp(x[own]))
+    return pd.Series(foretold, usable.index).reindex(table.index)
 
 
 def compare_predictors(table: pd.DataFrame, predictors: Sequence[str] = PREDICTORS) -> pd.DataFrame:
@@ -277,6 +290,11 @@ def tolerated_drop_rate(
             f"scope {scope!r}: {predictor} is {value:g} there, and it foretells only above 0; "
             "either the delta is zero there, or no layer that inputs reach is in the scope: try another scope"
         )
+    return foretell(delta, predictor, value, table)
+
+
+def foretell(delta: Delta, predictor: str, value: float, table: pd.DataFrame) -> ForetoldDropRate:
+    """What a predictor that has a value foretells of a delta, by the line through a table of `calibration_table`."""
     usable = table[table[predictor].gt(0)]
     errors = usable["tolerated"].map(logit) - left_out(usable, predictor, by=["finetuned"])
     foretold = float(fit_line(usable, predictor).at(value))

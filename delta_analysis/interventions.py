@@ -26,9 +26,9 @@ class Noise:
 
     Parameters
     ----------
-    drop_rate : p, in [0, 1]; the noise is that of DARE at this rate.
+    drop_rate : p, in [0, 1); the noise is that of DARE at this rate.
     kind : `dropping`, `ε = DARE(d) - d`, which with d = δ is DARE itself, to the last bit of float32;
-        `gaussian`, `ε = d · √(p/(1-p)) · z` with z standard normal, for p below 1.
+        `gaussian`, `ε = d · √(p/(1-p)) · z` with z standard normal.
     source : makes d out of δ; None for d = δ.
 
     Raises
@@ -52,7 +52,7 @@ class Noise:
         object.__setattr__(self, "drop_rate", checked_drop_rate(self.drop_rate))
         if self.kind not in KINDS:
             raise ValueError(one_of("kind", self.kind, KINDS))
-        if self.drop_rate == 1 and self.kind == "gaussian":
+        if self.drop_rate == 1:
             raise ValueError("drop_rate: at 1 the variance of DARE's noise is infinite; give one below 1")
 
     @property
@@ -64,8 +64,7 @@ class Noise:
     @property
     def random(self) -> bool:
         """Whether seeds make a difference."""
-        # At 1 the result is δ - d, and d may be drawn.
-        return 0 < self.drop_rate < 1 or (self.drop_rate == 1 and self.source is not None)
+        return self.drop_rate > 0
 
     def __call__(self, tensor: torch.Tensor, *, name: str, seed: int) -> torch.Tensor:
         """The delta's tensor with noise, of its shape, dtype and device."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -13,8 +14,20 @@ from delta_analysis.claim_effects import EFFECTS
 from delta_analysis.claim_measures import GIVEN, NotMeasuredError
 from delta_analysis.claims import CANNOT_TELL, Claim, status
 from delta_analysis.family import ENCODER_PAIRS, TASK_PAIRS
+from delta_analysis.notebook import drop_rate_text, percent
 from delta_analysis.parameter_checks import ParameterError, check_out_dir
 from delta_analysis.paths import find_input
+
+SHOWN: Mapping[str, Callable[[float], str]] = {
+    "share": partial(percent, digits=1),
+    "drop rate": drop_rate_text,
+    "similarity": "{:.3f}".format,
+    "points": lambda x: f"{100 * x:.1f}",
+    "log-odds": "{:.1f}".format,
+    "rank correlation": "{:.2f}".format,
+    "share of a gap": percent,
+}
+"""How a number of each unit is written."""
 
 
 @dataclass(frozen=True)
@@ -90,3 +103,54 @@ def judge(claims: Iterable[Claim], results: Mapping[str, pd.DataFrame]) -> pd.Da
             found = {"status": CANNOT_TELL, "reason": f"{missing}{where}"}
         rows.append({**asdict(claim), "value": float("nan"), "low": float("nan"), "high": float("nan"), **found})
     return pd.DataFrame(rows)
+
+
+def number_text(value: float, unit: str) -> str:
+    """A number in a claim's unit, without the unit's name.
+
+    Examples
+    --------
+    >>> number_text(0.123, "points"), number_text(float("inf"), "log-odds"), number_text(0.9, "share")
+    ('12.3', '∞', '90.0%')
+    """
+    return SHOWN[unit](value).replace("inf", "∞").replace("-", "−")
+
+
+def effect_text(row: pd.Series) -> str:
+    """The effect of a claim, a row of `judge`, with the name of its unit; empty without an effect.
+
+    Examples
+    --------
+    >>> effect_text(pd.Series({"value": -0.25, "unit": "points"}))
+    '−25.0 points'
+    """
+    name = row["unit"] if row["unit"] in ("points", "log-odds") else ""
+    return "" if pd.isna(row["value"]) else f"{number_text(row['value'], row['unit'])} {name}".rstrip()
+
+
+def interval_ends_text(row: pd.Series) -> str:
+    """The 95% interval of a claim's effect, a row of `judge`; without an effect the reason why.
+
+    Examples
+    --------
+    >>> interval_ends_text(pd.Series({"value": 0.5, "low": 0.25, "high": 0.75, "unit": "share"}))
+    '25.0% to 75.0%'
+    """
+    if pd.isna(row["value"]):
+        return str(row["reason"])
+    if row["low"] == row["high"]:
+        return "exact"
+    return " to ".join(number_text(row[end], row["unit"]) for end in ("low", "high"))
+
+
+def threshold_text(row: pd.Series) -> str:
+    """The claimed side of a claim, a row of `judge`.
+
+    Examples
+    --------
+    >>> threshold_text(pd.Series({"claimed_at_least": None, "claimed_at_most": 0.5, "unit": "drop rate"}))
+    'below 0.50'
+    """
+    above = pd.notna(row["claimed_at_least"])
+    threshold = row["claimed_at_least" if above else "claimed_at_most"]
+    return f"{'above' if above else 'below'} {number_text(threshold, row['unit']) if threshold else 0}"

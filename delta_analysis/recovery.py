@@ -14,7 +14,7 @@ from delta_analysis.mending import LowRank, allot, factors_by_layer
 from delta_analysis.proportional import Proportional
 from delta_analysis.pruning import Dare, Magnitude, MagPrune, Pruner
 
-FACTORS = 4
+FACTORS = 3
 WEIGHTS = (0.1, 1.0)
 DRIFT = "top5_logit_mse"
 

@@ -12,10 +12,18 @@ import pytest
 
 from delta_analysis.claim_effects import EFFECTS
 from delta_analysis.claim_measures import NotMeasuredError, average, average_over_rates, difference, greatest, least
-from delta_analysis.claims import Claim, claims_file, read_claims
+from delta_analysis.claims import UNITS, Claim, claims_file, read_claims
 from delta_analysis.family import BOTH, CPT, SFT
 from delta_analysis.intervals import Interval
-from delta_analysis.overview import OverviewParameters, judge, read_results
+from delta_analysis.overview import (
+    SHOWN,
+    OverviewParameters,
+    effect_text,
+    interval_ends_text,
+    judge,
+    read_results,
+    threshold_text,
+)
 from delta_analysis.parameter_checks import ParameterError
 from delta_analysis.paths import find_root
 from delta_analysis.tolerance import logit
@@ -169,6 +177,59 @@ def test_leads_are_means_over_fine_tunes_and_rates() -> None:
         EFFECTS["mp-gap-widens"](results[results["drop_rate"] != 0.5])
 
 
+def test_rescaling_is_judged_on_the_older_base_too() -> None:
+    pair = "base → code"
+    at = {"DARE": {0.5: 0.2, 0.9: 0.0}, "drop only": {0.5: 0.8, 0.9: 0.0}}
+    cells = [curve(pair, *FAMILY[pair], {0.0: 1.0})]
+    cells += [curve(pair, *FAMILY[pair], shares, method) for method, shares in at.items()]
+    effect = EFFECTS["rescale-harms"](pd.concat(cells, ignore_index=True).assign(table="ladder"))
+    assert effect.value == pytest.approx(0.3)
+    assert 0 < effect.low < 0.3 < effect.high
+    with pytest.raises(NotMeasuredError, match=r"no pair made by continual pre-training \+ SFT"):
+        EFFECTS["rescale-harms"](cells[0].assign(table="ladder", made_by=SFT))
+
+
+def causes(enlarged: tuple[float, float, float], shrunk: tuple[float, float, float]) -> pd.DataFrame:
+    """Results of 05: a gap of log(81) without error between two bases, and shifts by size among others."""
+    rates = [{"made_by": kind, **dict.fromkeys(("value", "low", "high"), p)} for kind, p in ((SFT, 0.9), (BOTH, 0.1))]
+    shifts = [
+        {
+            "made_by": kind,
+            "intervention": name,
+            **dict(zip(("measured", "low", "high"), np.log(81) * part, strict=True)),
+        }
+        for kind, name, part in (
+            (SFT, "gaussian noise", np.zeros(3)),
+            (SFT, "size × 9, signs redrawn", np.full(3, 9.0)),
+            (SFT, "size × 9", np.array(enlarged)),
+            (BOTH, "size × 1.1e-05", np.array(shrunk)),
+            (BOTH, "size × 0.111, signs redrawn", np.full(3, 9.0)),
+        )
+    ]
+    ranks = [
+        {"predictor": "abs_max", "rank": 0.5, "rank_low": 0.4, "rank_high": 0.6},
+        {"predictor": "share_above_0.002", "rank": -0.8, "rank_low": -0.9, "rank_high": -0.6},
+    ]
+    tables = {"tolerances": rates, "shifts": shifts, "predictors": ranks}
+    return pd.concat([pd.DataFrame(rows).assign(table=name) for name, rows in tables.items()], ignore_index=True)
+
+
+def test_the_size_of_the_noise_bridges_a_share_of_the_gap() -> None:
+    results = causes((1.0, 0.5, 1.5), (-0.8, -1.2, -0.6))
+    np.testing.assert_allclose(EFFECTS["range-breaks"](results), [0.8, 0.5, 1.2])
+    # A shift to the other side bridges less than nothing.
+    np.testing.assert_allclose(EFFECTS["range-breaks"](causes((1, 1, 1), (0.2, 0.1, 0.3))), [-0.2, -0.3, -0.1])
+    with pytest.raises(NotMeasuredError, match=r"no pair made by continual pre-training \+ SFT"):
+        EFFECTS["range-breaks"](results[results["made_by"] != BOTH])
+
+
+def test_the_papers_range_rule_is_a_rank_correlation_over_the_family() -> None:
+    results = causes((1, 1, 1), (-1, -1, -1))
+    assert EFFECTS["range-rule"](results) == Interval(-0.8, -0.9, -0.6)
+    with pytest.raises(NotMeasuredError, match="no predictors but those of the embedded family"):
+        EFFECTS["range-rule"](results.assign(made_by="given"))
+
+
 def similar(pair: str, layer: int, method: str, cosine: float, p: float = 0.9) -> pd.DataFrame:
     cells = curve(pair, "hidden similarity", FAMILY[pair][1], {p: 1.0}, method)
     return cells.assign(metric=f"similarity/{layer}", outcomes=[np.full(ITEMS, cosine)] * len(cells), table="ladder")
@@ -282,6 +343,32 @@ def test_the_overview_wants_a_folder_with_results(tmp_path: Path) -> None:
     with pytest.raises(ParameterError, match="parameter out_dir"):
         OverviewParameters(results=str(tmp_path), out_dir="")
     assert OverviewParameters(results=str(tmp_path), out_dir=str(tmp_path / "out")).folder == tmp_path.resolve()
+
+
+@pytest.mark.parametrize(
+    ("unit", "effect", "expected"),
+    [
+        ("share", Interval(0.5, 0.5, 0.5), ("50.0%", "exact")),
+        ("drop rate", Interval(0.98, 0.9, 0.999), ("0.980", "0.90 to at least 0.999")),
+        ("similarity", Interval(0.5, 0.25, 0.75), ("0.500", "0.250 to 0.750")),
+        ("points", Interval(-0.1, -0.25, 0.05), ("−10.0 points", "−25.0 to 5.0")),
+        ("log-odds", Interval(2.0, -np.inf, np.inf), ("2.0 log-odds", "−∞ to ∞")),
+        ("rank correlation", Interval(-0.9, -1.0, -0.8), ("−0.90", "−1.00 to −0.80")),
+        ("share of a gap", Interval(1.1, 0.9, np.inf), ("110%", "90% to ∞%")),
+    ],
+)
+def test_an_effect_is_written_in_its_unit(unit: str, effect: Interval, expected: tuple[str, str]) -> None:
+    row = pd.Series({**effect._asdict(), "unit": unit, "reason": ""})
+    assert (effect_text(row), interval_ends_text(row)) == expected
+    without = pd.Series({"value": np.nan, "low": np.nan, "high": np.nan, "unit": unit, "reason": "no results"})
+    assert (effect_text(without), interval_ends_text(without)) == ("", "no results")
+
+
+def test_the_claimed_side_is_written_in_words() -> None:
+    sides = pd.DataFrame({"claimed_at_least": [0.9, 0.0, None], "claimed_at_most": [None, None, 0.5]})
+    written = [threshold_text(row) for _, row in sides.assign(unit=["share", "points", "drop rate"]).iterrows()]
+    assert written == ["above 90.0%", "above 0", "below 0.50"]
+    assert set(SHOWN) == set(UNITS)
 
 
 def test_every_effect_is_found_in_the_committed_results(claims: dict[str, Claim]) -> None:

@@ -69,14 +69,6 @@ def test_at_drop_rate_0_nothing_is_added(kind: str, source: Change | None) -> No
     assert not noise.random
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.label if source else "delta")
-def test_at_drop_rate_1_the_delta_is_without_the_source(source: Change | None) -> None:
-    found = Noise(1.0, source=source)(WHOLE, name="w", seed=4)
-    d = WHOLE if source is None else source(WHOLE, name="w", seed=4)
-    assert torch.equal(found, WHOLE - d)
-    assert Noise(1.0, source=source).random == (source is not None)
-
-
 def test_half_dropped_the_noise_is_the_source_with_either_sign() -> None:
     """DARE at 0.5 gives 0 or 2d, so that ε is -d or d: closed forms of every source."""
     sizes = WHOLE.abs()
@@ -166,7 +158,7 @@ def test_what_is_refused() -> None:
     with pytest.raises(ValueError, match="kind must be one of 'dropping', 'gaussian'; not 'uniform'"):
         Noise(0.5, "uniform")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="at 1 the variance of DARE's noise is infinite"):
-        Noise(1.0, "gaussian")
+        Noise(1.0)
     for drop_rate in (-0.1, 1.1, float("nan")):
         with pytest.raises(ValueError, match="drop_rate"):
             Noise(drop_rate)

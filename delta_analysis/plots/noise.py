@@ -128,7 +128,8 @@ def trail_tolerance(trail: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax = ax or plt.gca()
     ordered = trail.sort_values("noise")
     y, low, high = (ordered[column].map(logit) for column in ("tolerated", "low", "high"))
-    ax.errorbar(ordered["noise"], y, [y - low, high - y], fmt="o-", color=colours(["trail"])["trail"], ms=5, lw=1.4)
+    spread = [(y - low).clip(lower=0), (high - y).clip(lower=0)]
+    ax.errorbar(ordered["noise"], y, spread, fmt="o-", color=PALETTE[0], ms=5, lw=1.4)
     named = 0.0
     for _, row in ordered.iterrows():
         # Of bases whose noise is nearly the same the first is named.
