@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import engine, reading, tables
+from benchmarks import engine, noise, reading, tables
 from benchmarks.checkpoints import LLAMA_1B, SMALL_PAIR
 from benchmarks.device import device_times
 from benchmarks.memory import Shares, memory_shares
@@ -57,12 +57,15 @@ def measure(shapes: tuple[tuple[int, int], ...], main_shape: tuple[int, int], bu
     stages = {dtype: stage_times(main_shape, dtype, budget) for dtype in DTYPES}
     say("value ranges of a pair of checkpoints")
     pair = reading.report(SMALL_PAIR if quick else LLAMA_1B, SMALL_PAIR)
+    say("noise in the layers of a pair")
+    noises = noise.report(SMALL_PAIR if quick else LLAMA_1B)
     say("a sweep of the embedded family")
     swept = engine.report(quick=quick)
     parts = [
         machine(),
         *swept,
         *pair,
+        *noises,
         *speed(races, shapes, main_shape, shares),
         "## Where the time goes",
         f"{tables.size_name(main_shape)}, one thread, ns an entry; a stage writes into memory that is ready.",

@@ -39,6 +39,11 @@ def lines(ax: Axes) -> tuple[list[Line2D], list[Line2D], list[Line2D]]:
     return drawn[::3], drawn[1::3], drawn[2::3]
 
 
+def along(line: Line2D) -> tuple[float, ...]:
+    """Where a line has its points along the axis."""
+    return tuple(np.asarray(line.get_xdata(), dtype=float).tolist())
+
+
 def test_every_unit_has_one_axis() -> None:
     assert sorted(unit for units in AXES.values() for unit in units) == sorted(UNITS)
 
@@ -68,10 +73,11 @@ def test_shares_stand_on_a_logit_axis_with_their_claimed_side(judged: pd.DataFra
     assert bottom > 1 > 0 > top
     left, right = ax.get_xlim()
     claimed, bars, markers = lines(ax)
-    assert [tuple(each.get_xdata()) for each in claimed] == [(0.9, right), (0.5, left)]
+    assert [along(each) for each in claimed] == [(0.9, right), (0.5, left)]
     # Beyond the axis, at its end.
-    assert [tuple(each.get_xdata()) for each in bars] == [(0.92, 0.97), (0.9, right)]
-    assert [(each.get_xdata()[0], each.get_ydata()[0]) for each in markers] == [(0.95, 0), (0.97, 1)]
+    assert [along(each) for each in bars] == [(0.92, 0.97), (0.9, right)]
+    assert [along(each) for each in markers] == [(0.95,), (0.97,)]
+    assert [np.asarray(each.get_ydata()).tolist() for each in markers] == [[0], [1]]
 
 
 def test_points_are_hundredths_on_an_axis_that_holds_them_all(judged: pd.DataFrame) -> None:
@@ -79,9 +85,9 @@ def test_points_are_hundredths_on_an_axis_that_holds_them_all(judged: pd.DataFra
     claimed, bars, markers = lines(ax)
     left, right = ax.get_xlim()
     assert left < -30 < 30 < right
-    assert [tuple(each.get_xdata()) for each in claimed] == [(0, right), (0, left)]
-    np.testing.assert_allclose([each.get_xdata() for each in bars], [(-30, -10), (-10, 30)])
-    np.testing.assert_allclose([each.get_xdata()[0] for each in markers], [-20, 10])
+    assert [along(each) for each in claimed] == [(0, right), (0, left)]
+    np.testing.assert_allclose([along(each) for each in bars], [(-30, -10), (-10, 30)])
+    np.testing.assert_allclose([along(each) for each in markers], [(-20,), (10,)])
     assert ax.get_xscale() == "linear"
 
 
@@ -89,8 +95,8 @@ def test_an_open_interval_reaches_the_end_of_the_axis(judged: pd.DataFrame) -> N
     ax = claim_effects(claim_groups(judged)["difference of tolerated drop rates on log(p / (1 − p))"])
     (claimed,), (bar,), _ = lines(ax)
     assert ax.get_xlim()[0] < 0
-    assert tuple(bar.get_xdata()) == (1, ax.get_xlim()[1])
-    assert tuple(claimed.get_xdata()) == (0, ax.get_xlim()[1])
+    assert along(bar) == (1, ax.get_xlim()[1])
+    assert along(claimed) == (0, ax.get_xlim()[1])
 
 
 def test_marker_and_colour_are_those_of_the_legend(judged: pd.DataFrame) -> None:
