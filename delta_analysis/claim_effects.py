@@ -8,6 +8,7 @@ whole, so that a share of entries has an interval of no width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 
@@ -35,7 +36,6 @@ from delta_analysis.claim_measures import (
     kept,
     least,
     made_by,
-    negative,
     tolerances,
     tolerates_more,
 )
@@ -119,17 +119,11 @@ def range_rule(results: pd.DataFrame) -> Interval:
 
 
 def size_over_gap(results: pd.DataFrame) -> Interval:
-    """The share of the gap between two bases that is bridged by the size of the noise alone.
-
-    The lesser of both ways: the small delta's noise enlarged, the large one's made small.
-    """
-    tolerated = results[results["table"] == "tolerances"].rename(columns={"value": "tolerated"})
-    gap = tolerance_difference(*(made_by(tolerated, [kind]).iloc[0] for kind in (SFT, BOTH)))
-    resized = (results["table"] == "shifts") & results["intervention"].str.fullmatch(r"size × [^,]+", na=False)
-    enlarged, shrunk = (
-        Interval(*made_by(results[resized], [kind]).iloc[0][["measured", "low", "high"]]) for kind in (SFT, BOTH)
-    )
-    return least(share_of(each, gap) for each in (enlarged, negative(shrunk)))
+    """The share of the gap between two bases that the sizes of the deltas foretell: noise grows with their square."""
+    rows = results[results["table"] == "tolerances"].rename(columns={"value": "tolerated"})
+    near, far = (made_by(rows, [kind]).iloc[0] for kind in (SFT, BOTH))
+    foretold = 2 * math.log(far["rms"] / near["rms"])
+    return share_of(Interval(foretold, foretold, foretold), tolerance_difference(near, far))
 
 
 # 06: weights instead of the delta.
@@ -199,7 +193,6 @@ EFFECTS: Mapping[str, Callable[[pd.DataFrame], Interval]] = {
     "range-rule": range_rule,
     "range-breaks": size_over_gap,
     "rescale-matters": partial(lead_at_all_rates, method="DARE", other="drop only"),
-    "rescale-harms": partial(lead_at_all_rates, method="drop only", other="DARE", kinds=[BOTH]),
     "similarity-095": least_similarity,
     "similarity-gain": similarity_gain,
     "mp-worse": partial(lead_at_high_rate, method="DARE", other="MP"),

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from delta_analysis.curve import outcome_matrix
-from delta_analysis.intervals import Interval, metric_named, percentile_interval, resampled_means, two_way_resamples
+from delta_analysis.intervals import CONFIDENCE, Interval, metric_named, resampled_means, two_way_resamples
 from delta_analysis.tolerance import inverse_logit, kept_shares, logit
 
 
@@ -63,10 +63,10 @@ def outcomes_by_rate(cells: pd.DataFrame) -> dict[float, np.ndarray]:
 def equivalent_shift(reference: pd.DataFrame, edited: pd.DataFrame, drop_rate: float) -> Interval:
     """How much further than `drop_rate` DARE would have to go to do the same damage, on log(p/(1-p)).
 
-    The share of the untouched metric that is kept is looked up on DARE's curve, taken as never rising
-    and linear between the rates tried; where it is flat the lowest rate counts, and beyond the ends the
-    shift is that of the end. 0: as much damage as DARE at `drop_rate`; 1: as much as at odds p/(1-p)
-    that are e times as large.
+    The share of the untouched metric that is kept is looked up on DARE's curve, linear between the rates
+    tried; where it has the value more than once, on a plateau or by chance, the rate nearest to `drop_rate`
+    counts; less damage than at any rate tried is -∞, more than at any ∞. 0: as much damage as DARE at
+    `drop_rate`; 1: as much as at odds p/(1-p) that are e times as large.
 
     Parameters
     ----------
@@ -93,12 +93,30 @@ def equivalent_shift(reference: pd.DataFrame, edited: pd.DataFrame, drop_rate: f
         sampled = metric.kept_share(resampled_means(values, resamples), resampled_means(untouched, resamples))
         return np.concatenate([[metric.kept_share(values.mean(), untouched.mean())], sampled])
 
-    line = np.minimum.accumulate(np.array([shares(curve[rate], start) for rate in rates]), axis=0)
-    wanted, scale = shares(outcomes, own_start), np.array([logit(rate) for rate in rates])
-    # From the last rate, where least is kept, to the first.
-    places = [np.interp(share, column[::-1], scale[::-1]) for share, column in zip(wanted, line.T, strict=True)]
-    shifts = np.array(places) - logit(drop_rate)
-    return percentile_interval(shifts[0], shifts[1:])
+    line = np.array([shares(curve[rate], start) for rate in rates])
+    wanted, scale, target = shares(outcomes, own_start), np.array([logit(rate) for rate in rates]), logit(drop_rate)
+    shifts = np.array([_place(share, one, scale, target) for share, one in zip(wanted, line.T, strict=True)]) - target
+    tail = (1 - CONFIDENCE) / 2
+    # Between an infinite sample and a finite one there is nothing to interpolate.
+    low, high = np.quantile(shifts[1:], [tail, 1 - tail], method="inverted_cdf")
+    return Interval(float(shifts[0]), float(low), float(high))
+
+
+def _place(share: float, curve: np.ndarray, scale: np.ndarray, target: float) -> float:
+    """Where a curve has this value, nearest to the target; infinite where it never has."""
+    left, right = curve[:-1] - share, curve[1:] - share
+    start, width = scale[:-1], np.diff(scale)
+    crossed, flat = left * right < 0, (left == 0) & (right == 0)
+    places = np.concatenate(
+        [
+            scale[curve == share],
+            (start + width * np.divide(left, left - right, where=crossed, out=np.zeros_like(left)))[crossed],
+            np.clip(target, start, start + width)[flat],
+        ]
+    )
+    if not len(places):
+        return -np.inf if share > curve.max() else np.inf
+    return float(places[np.argmin(np.abs(places - target))])
 
 
 def share_of(part: Interval, whole: Interval) -> Interval:
@@ -115,25 +133,14 @@ def share_of(part: Interval, whole: Interval) -> Interval:
     return Interval(part.value / whole.value, min(ends), max(ends))
 
 
-def at_least(found: Interval, bound: float) -> str:
-    """Whether a value is at least `bound`, as far as its interval tells: `holds`, `refuted` or `cannot tell`.
+def between(found: Interval, low: float, high: float) -> str:
+    """Whether a value is between two bounds, as far as its interval tells: `holds`, `refuted` or `cannot tell`.
 
     Examples
     --------
-    >>> at_least(Interval(0.9, 0.7, 1.1), 0.5), at_least(Interval(0.1, 0.0, 0.2), 0.5)
+    >>> between(Interval(0.9, 0.7, 1.1), 0.5, 1.5), between(Interval(0.1, 0.0, 0.2), 0.5, 1.5)
     ('holds', 'refuted')
     """
-    return "holds" if found.low >= bound else "refuted" if found.high < bound else "cannot tell"
-
-
-def at_most_off(found: Interval, bound: float) -> str:
-    """Whether a value is within `bound` of 0, as far as its interval tells: `holds`, `refuted` or `cannot tell`.
-
-    Examples
-    --------
-    >>> at_most_off(Interval(0.1, -0.2, 0.4), 0.5), at_most_off(Interval(0.1, -0.2, 0.7), 0.5)
-    ('holds', 'cannot tell')
-    """
-    if -bound <= found.low and found.high <= bound:
+    if low <= found.low and found.high <= high:
         return "holds"
-    return "refuted" if found.low > bound or found.high < -bound else "cannot tell"
+    return "refuted" if found.high < low or found.low > high else "cannot tell"

@@ -45,6 +45,10 @@ def calibration_file() -> Path:
 
 
 @lru_cache(maxsize=1)
+def _calibration() -> pd.DataFrame:
+    return pd.read_csv(calibration_file())
+
+
 def calibration_table() -> pd.DataFrame:
     """The measured tolerances of the embedded family with their predictors, one row a pair and scope.
 
@@ -52,7 +56,7 @@ def calibration_table() -> pd.DataFrame:
     accuracy; `tolerated, low, high` as in `measure_tolerance`, for DARE; the predictors; `group`, the
     size, `trail` or `encoder`.
     """
-    return pd.read_csv(calibration_file())
+    return _calibration().copy()
 
 
 def fit_line(table: pd.DataFrame, predictor: str) -> Line:
@@ -105,7 +109,7 @@ def left_out(table: pd.DataFrame, predictor: str, *, by: Sequence[str] = ("base"
 def compare_predictors(table: pd.DataFrame, predictors: Sequence[str] = PREDICTORS) -> pd.DataFrame:
     """How well each predictor foretells tolerances that it was not fitted on, best first.
 
-    Intervals resample pairs, with all scopes of a pair together.
+    Intervals resample fine-tunes, each with all its bases and scopes: pairs of one fine-tune are alike.
 
     Parameters
     ----------
@@ -126,7 +130,7 @@ def compare_predictors(table: pd.DataFrame, predictors: Sequence[str] = PREDICTO
     """
     predictors = list(predictors)
     table = table[table[predictors].gt(0).all(axis=1)].reset_index(drop=True)
-    measured, weights = table["tolerated"].map(logit), _pair_weights(table)
+    measured, weights = table["tolerated"].map(logit), _fine_tune_weights(table)
     inner = table["tolerated"].between(LOWEST + END, HIGHEST - END).to_numpy()
     rows = []
     for predictor in predictors:
@@ -153,7 +157,7 @@ def compare_predictors(table: pd.DataFrame, predictors: Sequence[str] = PREDICTO
 
 
 def error_difference(table: pd.DataFrame, one: str, other: str) -> Interval:
-    """How much larger the error of one predictor is than that of another, with an interval that resamples pairs.
+    """How much larger the error of one predictor is than that of another, with an interval that resamples fine-tunes.
 
     The error is that of `compare_predictors`; rows that either lacks are left out.
 
@@ -163,7 +167,7 @@ def error_difference(table: pd.DataFrame, one: str, other: str) -> Interval:
     True
     """
     table = table[table[[one, other]].gt(0).all(axis=1)].reset_index(drop=True)
-    measured, weights = table["tolerated"].map(logit), _pair_weights(table)
+    measured, weights = table["tolerated"].map(logit), _fine_tune_weights(table)
     first, second = (_error_samples(measured - left_out(table, each), weights) for each in (one, other))
     values = [_rms(measured - left_out(table, each)) for each in (one, other)]
     return percentile_interval(values[0] - values[1], first - second)
@@ -193,12 +197,12 @@ def chosen_anew(table: pd.DataFrame, predictors: Sequence[str]) -> pd.Series:
     return foretold
 
 
-def _pair_weights(table: pd.DataFrame) -> np.ndarray:
-    """How often each row is drawn when pairs are resampled with all their scopes: (samples, rows)."""
-    pairs = table.groupby(["base", "finetuned"], sort=False).ngroup().to_numpy()
-    count = int(pairs.max()) + 1
+def _fine_tune_weights(table: pd.DataFrame) -> np.ndarray:
+    """How often each row is drawn when fine-tunes are resampled, with all their bases and scopes: (samples, rows)."""
+    tunes = table.groupby("finetuned", sort=False).ngroup().to_numpy()
+    count = int(tunes.max()) + 1
     rng = np.random.default_rng(count)
-    return rng.multinomial(count, np.full(count, 1 / count), size=RESAMPLES)[:, pairs].astype(np.float64)
+    return rng.multinomial(count, np.full(count, 1 / count), size=RESAMPLES)[:, tunes].astype(np.float64)
 
 
 def _error_samples(errors: pd.Series, weights: np.ndarray) -> np.ndarray:
@@ -302,6 +306,8 @@ def foretell(delta: Delta, predictor: str, value: float, table: pd.DataFrame) ->
     ends = np.clip(foretold + np.quantile(errors, [tail, 1 - tail]), *LOGITS)
     low, high = min(foretold, ends[0]), max(foretold, ends[1])
     outside = tuple(_outside(delta, usable, predictor, value))
+    if not LOGITS[0] < foretold < LOGITS[1]:
+        outside += ("the rate that is foretold lies at an end of the range in which tolerances were sought: a bound",)
     return ForetoldDropRate(inverse_logit(foretold), inverse_logit(low), inverse_logit(high), predictor, value, outside)
 
 

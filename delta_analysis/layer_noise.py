@@ -135,8 +135,10 @@ def delta_noise(
 
     The inputs, and the output energy that is compared with, are those of the fine-tune as it is.
     """
-    if not pruners:
-        raise ValueError("pruners: none is given; expected at least one, such as Dare(0.9)")
+    if not isinstance(pruners, Sequence) or not pruners or not all(callable(each) for each in pruners):
+        raise ValueError(f"pruners must be a list of at least one, such as [Dare(0.9)]; not {pruners!r}")
+    if isinstance(inputs, str):
+        raise ValueError("inputs must be a list of texts, and this is a single one; give [text]")
     ready = ReadyPruners(delta, tuple(pruners), seed)
     if inputs is None:
         found = [(_Use(name, "", "", torch.nn.Module()), _without_inputs(delta, name, ready)) for name in delta]

@@ -76,9 +76,9 @@ def allot(noise: pd.DataFrame, numel: Mapping[str, int], drop_rate: float, *, ru
 
     - the least sum has `-a_l/k_l² + μ n_l = 0`, so `k_l = min(1, c √(a_l/n_l))`: keep rates in proportion
       to the root of the noise base of an entry;
-    - equal noise c has `k_l = a_l/(a_l + c)`.
+    - equal noise 1/c has `k_l = c a_l/(c a_l + 1)`.
 
-    In both c follows from the budget, which falls or rises with it.
+    In both the one number c is found so that the budget is met. A tensor without noise keeps nothing.
 
     Parameters
     ----------
@@ -90,7 +90,8 @@ def allot(noise: pd.DataFrame, numel: Mapping[str, int], drop_rate: float, *, ru
     Raises
     ------
     ValueError
-        An unknown rule, a drop rate at an end; tensors without a row in `noise`.
+        An unknown rule, a drop rate at an end; tensors without a share in `noise`; fewer entries with noise
+        than are to be kept.
 
     Source: this package.
 
@@ -105,16 +106,19 @@ def allot(noise: pd.DataFrame, numel: Mapping[str, int], drop_rate: float, *, ru
         raise ValueError(one_of("rule", rule, RULES))
     if not 0 < checked_drop_rate(drop_rate) < 1:
         raise ValueError(f"drop_rate: {drop_rate} leaves nothing to allot; give one between 0 and 1")
-    shares = noise.groupby("tensor")["noise_share"].sum()
-    if missing := [name for name in numel if name not in shares.index]:
-        raise ValueError(f"noise has no row for tensor {missing[0]!r}, one of {len(missing)} that it lacks")
+    shares = noise.groupby("tensor")["noise_share"].sum(min_count=1)
+    if missing := [name for name in numel if not shares.get(name, np.nan) >= 0]:
+        raise ValueError(f"noise has no share for tensor {missing[0]!r}, one of {len(missing)} that it lacks")
     n = np.array([numel[name] for name in numel], dtype=np.float64)
     a = np.array([shares[name] for name in numel])
     rates: dict[str, Callable[[float], np.ndarray]] = {
         "least": lambda c: np.minimum(1, c * np.sqrt(a / n)),
         "equal": lambda c: c * a / (c * a + 1),
     }
-    keep = rates[rule](_solve(lambda c: float(n @ rates[rule](c)), (1 - drop_rate) * n.sum()))
+    budget = (1 - drop_rate) * n.sum()
+    if (most := n[a > 0].sum()) < budget:
+        raise ValueError(f"tensors with noise have {most:.0f} entries, fewer than the {budget:.0f} to be kept")
+    keep = rates[rule](_solve(lambda c: float(n @ rates[rule](c)), budget))
     pruners = tuple((name, Dare(1 - float(k))) for name, k in zip(numel, keep, strict=True))
     return PerTensor(f"DARE, {rule} noise", drop_rate, pruners)
 
@@ -145,7 +149,7 @@ def factors_by_layer(noise: pd.DataFrame, drop_rate: float, weight: float) -> Pe
     Raises
     ------
     ValueError
-        A negative weight; a drop rate outside [0, 1).
+        A negative weight; a drop rate outside [0, 1); a table without signals.
 
     Examples
     --------
@@ -157,7 +161,12 @@ def factors_by_layer(noise: pd.DataFrame, drop_rate: float, weight: float) -> Pe
         raise ValueError(f"weight must be at least 0, which is DARE; not {weight!r}")
     if checked_drop_rate(drop_rate) == 1:
         raise ValueError("drop_rate: at 1 nothing is left to be multiplied by a factor; give one below 1")
-    sums = noise.groupby("tensor", sort=False)[["signal", "noise"]].sum()
+    if noise["signal"].isna().any():
+        raise ValueError("noise has no signal; factors by layer need a table of layer_noise with inputs")
+    # Each use by its share of the output of its layer, or the largest layer would decide for a tied tensor.
+    scale = noise["output"].where(noise["output"] > 0, 1.0) if "output" in noise else 1.0
+    sums = noise.assign(signal=noise["signal"] / scale, noise=noise["noise"] / scale)
+    sums = sums.groupby("tensor", sort=False)[["signal", "noise"]].sum()
     gain = (sums["signal"] / sums["noise"]).fillna(1.0)
     factors = (gain / ((1 - drop_rate) * gain + weight * drop_rate)).clip(lower=1.0)
     pruners = tuple((str(name), Dare(drop_rate, float(factor))) for name, factor in factors.items())

@@ -1,4 +1,4 @@
-"""Drop at random in proportion: the larger an entry, the likelier it is kept; the least noise of all unbiased ways."""
+"""Drop at random in proportion: the larger an entry, the likelier it is kept."""
 
 from __future__ import annotations
 

@@ -17,6 +17,8 @@ from delta_analysis.pruning import Dare, Magnitude, MagPrune, Pruner
 FACTORS = 3
 WEIGHTS = (0.1, 1.0)
 DRIFT = "top5_logit_mse"
+FACTORED = ("one factor", "factors by layer")
+"""Ways that choose among factors, of which DARE's own is one."""
 
 
 def ways(noise: pd.DataFrame, numel: Mapping[str, int], drop_rate: float) -> dict[str, tuple[Pruner, ...]]:
@@ -24,14 +26,15 @@ def ways(noise: pd.DataFrame, numel: Mapping[str, int], drop_rate: float) -> dic
 
     Parameters
     ----------
-    noise : a table of `layer_noise` with inputs and one pruner, a row for every tensor.
+    noise : a table of `layer_noise` with inputs and one pruner. Ways that go by it are left out unless it has
+        a row for every tensor.
     numel : name of each tensor of the delta -> its number of entries.
     drop_rate : p, in (0, 1).
 
     Raises
     ------
     ValueError
-        A drop rate of 0 or 1, or outside; a tensor without a row in `noise`.
+        A drop rate of 0 or 1, or outside.
 
     Examples
     --------
@@ -41,15 +44,20 @@ def ways(noise: pd.DataFrame, numel: Mapping[str, int], drop_rate: float) -> dic
     """
     *inner, _ = factor_grid(drop_rate, FACTORS)
     window = 0.9 * min(drop_rate, 1 - drop_rate)
+    by_noise: dict[str, tuple[Pruner, ...]] = {}
+    if set(numel) <= set(noise.loc[noise["noise_share"].notna(), "tensor"]):
+        by_noise = {
+            "factors by layer": tuple(factors_by_layer(noise, drop_rate, weight) for weight in WEIGHTS),
+            "DARE, least noise": (allot(noise, numel, drop_rate),),
+            "DARE, equal noise": (allot(noise, numel, drop_rate, rule="equal"),),
+        }
     return {
         "DARE": (Dare(drop_rate),),
-        "one factor (DAREx-q)": tuple(inner),
-        "factors by layer": tuple(factors_by_layer(noise, drop_rate, weight) for weight in WEIGHTS),
+        "one factor": tuple(inner),
+        **by_noise,
         "MAGPRUNE": (MagPrune(drop_rate), MagPrune(drop_rate, window)),
         "proportional": (Proportional(drop_rate),),
         "proportional by model": (Proportional(drop_rate, "model"),),
-        "DARE, least noise": (allot(noise, numel, drop_rate),),
-        "DARE, equal noise": (allot(noise, numel, drop_rate, rule="equal"),),
         "rank + residual": (LowRank(drop_rate),),
         "MP": (Magnitude(drop_rate),),
         "MP by row": (Magnitude(drop_rate, scope="row"),),
@@ -73,7 +81,8 @@ def recovered(cells: pd.DataFrame, offered: Mapping[str, Sequence[Pruner]]) -> p
     -------
     DataFrame, one row a `way` and `chosen_by` (`labels`, `no labels`, or `-` where there is no choice):
     `method`, the pruner; `kept, low, high`, the share of the untouched metric with its 95% interval;
-    `lead` over DARE with `lead_low, lead_high`; most kept first.
+    `lead` over DARE with `lead_low, lead_high`; `promised`, the share kept on choosing items. Those that
+    promised most come first, so that the first is the best without having been picked by what judges it.
 
     Examples
     --------
@@ -89,13 +98,14 @@ def recovered(cells: pd.DataFrame, offered: Mapping[str, Sequence[Pruner]]) -> p
     metric = metric_named(name)
     choosing, judging = on_half(judged, 0), on_half(judged, 1)
     start = outcome_matrix(judging[judging["drop_rate"] == 0].head(1))
+    chosen_start = outcome_matrix(choosing[choosing["drop_rate"] == 0].head(1)).mean()
     worth = choosing[choosing["drop_rate"] > 0].groupby("method")["value"].mean()
     worth = -worth if name == "perplexity" else worth
     (dare,) = offered["DARE"]
     rows = []
     for way, pruners in offered.items():
         methods = [each.method for each in pruners]
-        if way in ("one factor (DAREx-q)", "factors by layer"):
+        if way in FACTORED:
             methods.append(dare.method)
         choices = (
             {"-": methods[0]}
@@ -106,6 +116,7 @@ def recovered(cells: pd.DataFrame, offered: Mapping[str, Sequence[Pruner]]) -> p
             }
         )
         for chosen_by, method in choices.items():
+            promised = choosing[(choosing["method"] == method) & (choosing["drop_rate"] > 0)]
             own = judging[(judging["method"] == method) & (judging["drop_rate"] > 0)]
             kept = kept_interval(metric, outcome_matrix(own), start)
             both = judging[(judging["drop_rate"] == 0) | judging["method"].isin([method, dare.method])]
@@ -117,6 +128,7 @@ def recovered(cells: pd.DataFrame, offered: Mapping[str, Sequence[Pruner]]) -> p
                     "method": method,
                     **dict(zip(("kept", "low", "high"), kept, strict=True)),
                     **dict(zip(("lead", "lead_low", "lead_high"), ahead, strict=True)),
+                    "promised": float(metric.kept_share(outcome_matrix(promised).mean(), chosen_start)),
                 }
             )
-    return pd.DataFrame(rows).sort_values("kept", ascending=False, kind="stable", ignore_index=True)
+    return pd.DataFrame(rows).sort_values("promised", ascending=False, kind="stable", ignore_index=True)

@@ -177,54 +177,44 @@ def test_leads_are_means_over_fine_tunes_and_rates() -> None:
         EFFECTS["mp-gap-widens"](results[results["drop_rate"] != 0.5])
 
 
-def test_rescaling_is_judged_on_the_older_base_too() -> None:
-    pair = "base → code"
-    at = {"DARE": {0.5: 0.2, 0.9: 0.0}, "drop only": {0.5: 0.8, 0.9: 0.0}}
-    cells = [curve(pair, *FAMILY[pair], {0.0: 1.0})]
-    cells += [curve(pair, *FAMILY[pair], shares, method) for method, shares in at.items()]
-    effect = EFFECTS["rescale-harms"](pd.concat(cells, ignore_index=True).assign(table="ladder"))
-    assert effect.value == pytest.approx(0.3)
-    assert 0 < effect.low < 0.3 < effect.high
-    with pytest.raises(NotMeasuredError, match=r"no pair made by continual pre-training \+ SFT"):
-        EFFECTS["rescale-harms"](cells[0].assign(table="ladder", made_by=SFT))
-
-
-def causes(enlarged: tuple[float, float, float], shrunk: tuple[float, float, float]) -> pd.DataFrame:
-    """Results of 05: a gap of log(81) without error between two bases, and shifts by size among others."""
-    rates = [{"made_by": kind, **dict.fromkeys(("value", "low", "high"), p)} for kind, p in ((SFT, 0.9), (BOTH, 0.1))]
+def causes(near: float = 0.002, far: float = 0.006) -> pd.DataFrame:
+    """Results of 05: a gap of log(81) without error between two bases, and the rms of the deltas from both."""
+    tolerances = [
+        {"made_by": kind, "rms": rms, **dict.fromkeys(("value", "low", "high"), p)}
+        for kind, p, rms in ((SFT, 0.9, near), (BOTH, 0.1, far))
+    ]
+    # What else there is of both pairs does not count.
     shifts = [
-        {
-            "made_by": kind,
-            "intervention": name,
-            **dict(zip(("measured", "low", "high"), np.log(81) * part, strict=True)),
-        }
-        for kind, name, part in (
-            (SFT, "gaussian noise", np.zeros(3)),
-            (SFT, "size × 9, signs redrawn", np.full(3, 9.0)),
-            (SFT, "size × 9", np.array(enlarged)),
-            (BOTH, "size × 1.1e-05", np.array(shrunk)),
-            (BOTH, "size × 0.111, signs redrawn", np.full(3, 9.0)),
-        )
+        {"made_by": kind, "intervention": "size × 9", "measured": 9.0, "low": 8.0, "high": 10.0, "rms": 9.0}
+        for kind in (SFT, BOTH)
     ]
     ranks = [
         {"predictor": "abs_max", "rank": 0.5, "rank_low": 0.4, "rank_high": 0.6},
         {"predictor": "share_above_0.002", "rank": -0.8, "rank_low": -0.9, "rank_high": -0.6},
     ]
-    tables = {"tolerances": rates, "shifts": shifts, "predictors": ranks}
+    tables = {"shifts": shifts, "tolerances": tolerances, "predictors": ranks}
     return pd.concat([pd.DataFrame(rows).assign(table=name) for name, rows in tables.items()], ignore_index=True)
 
 
-def test_the_size_of_the_noise_bridges_a_share_of_the_gap() -> None:
-    results = causes((1.0, 0.5, 1.5), (-0.8, -1.2, -0.6))
-    np.testing.assert_allclose(EFFECTS["range-breaks"](results), [0.8, 0.5, 1.2])
-    # A shift to the other side bridges less than nothing.
-    np.testing.assert_allclose(EFFECTS["range-breaks"](causes((1, 1, 1), (0.2, 0.1, 0.3))), [-0.2, -0.3, -0.1])
+def test_the_sizes_of_the_deltas_foretell_a_share_of_the_gap() -> None:
+    """Noise that is r² times as large shifts the tolerated log-odds by 2 log r: 9 times of 81 are half."""
+    exact(EFFECTS["range-breaks"](causes()), 0.5, 1e-12)
+    exact(EFFECTS["range-breaks"](causes(far=0.018)), 1, 1e-12)
+    # A smaller delta foretells a gap to the other side.
+    exact(EFFECTS["range-breaks"](causes(far=0.002 / 3)), -0.5, 1e-12)
+    # A gap that is known less well: of log(81), from half to twice as large.
+    wide = causes()
+    older = (wide["table"] == "tolerances") & (wide["made_by"] == BOTH)
+    wide.loc[older, ["low", "high"]] = [0.01, 0.5]
+    found = EFFECTS["range-breaks"](wide)
+    gap = [logit(0.9) - logit(p) for p in (0.01, 0.1, 0.5)]
+    np.testing.assert_allclose(found, [0.5, np.log(9) / gap[0], np.log(9) / gap[2]])
     with pytest.raises(NotMeasuredError, match=r"no pair made by continual pre-training \+ SFT"):
-        EFFECTS["range-breaks"](results[results["made_by"] != BOTH])
+        EFFECTS["range-breaks"](wide[wide["made_by"] != BOTH])
 
 
 def test_the_papers_range_rule_is_a_rank_correlation_over_the_family() -> None:
-    results = causes((1, 1, 1), (-1, -1, -1))
+    results = causes()
     assert EFFECTS["range-rule"](results) == Interval(-0.8, -0.9, -0.6)
     with pytest.raises(NotMeasuredError, match="no predictors but those of the embedded family"):
         EFFECTS["range-rule"](results.assign(made_by="given"))

@@ -14,8 +14,7 @@ from scipy.special import expit
 from scipy.special import logit as scipy_logit
 
 from delta_analysis.equivalence import (
-    at_least,
-    at_most_off,
+    between,
     damaging_rate,
     equivalent_shift,
     matched_rate,
@@ -63,15 +62,25 @@ def test_dare_against_itself_is_no_shift(rate: float) -> None:
     assert found == pytest.approx((0, 0, 0), abs=1e-12)
 
 
-def test_dare_with_noise_of_seeds_and_items_against_itself_is_no_shift() -> None:
-    """The same samples on both sides: whatever the noise, the interval is a point where the curve falls."""
+@pytest.mark.parametrize(
+    "shares",
+    [
+        (0.95, 0.8, 0.5, 0.2, 0.05),
+        (0.9, 0.9, 0.9, 0.5, 0.1),
+        (0.9, 0.6, 0.6, 0.6, 0.1),
+        (1.0, 1.0, 0.5, 0.0, 0.0),
+        (0.5, 0.5, 0.5, 0.5, 0.5),
+    ],
+    ids=["falling", "plateau first", "plateau between", "flat ends", "flat"],
+)
+def test_dare_with_noise_of_seeds_and_items_against_itself_is_no_shift(shares: tuple[float, ...]) -> None:
+    """The same samples on both sides: whatever the noise, and where it makes a plateau rise, the interval is a point."""
     rng = np.random.default_rng(0)
     reference = {0.0: np.ones((1, N))} | {
-        p: (rng.random((5, N)) < share).astype(float)
-        for p, share in zip(RATES, (0.95, 0.8, 0.5, 0.2, 0.05), strict=True)
+        p: (rng.random((5, N)) < share).astype(float) for p, share in zip(RATES, shares, strict=True)
     }
-    found = equivalent_shift(cells(reference), cells({0.5: reference[0.5]}, method="noise"), 0.5)
-    assert found == pytest.approx((0, 0, 0), abs=1e-12)
+    for rate in RATES:
+        assert equivalent_shift(cells(reference), cells({rate: reference[rate]}, method="noise"), rate) == (0, 0, 0)
 
 
 @pytest.mark.parametrize("drop_rate", [0.2, 0.5, 0.6])
@@ -91,11 +100,24 @@ def test_between_the_rates_the_curve_is_linear_on_its_scale(share: float) -> Non
     assert value == pytest.approx((0.5 - share) / SLOPE, abs=2 / N / SLOPE)
 
 
-def test_beyond_the_ends_the_shift_is_that_of_the_end() -> None:
+def test_beyond_the_ends_the_shift_is_infinite() -> None:
     reference = cells(curve([0.9, 0.8, 0.6, 0.4, 0.2]))
-    for share, end in ((1.0, 0.1), (0.95, 0.1), (0.1, 0.9), (0.0, 0.9)):
+    for share, end in ((1.0, -math.inf), (0.0, math.inf)):
         edited = cells({0.5: right(share)[None]}, method="edit")
-        assert equivalent_shift(reference, edited, 0.5).value == pytest.approx(scipy_logit(end))
+        assert equivalent_shift(reference, edited, 0.5) == (end, end, end)
+    for share, rate in ((0.9, 0.1), (0.2, 0.9)):
+        edited = cells({0.5: right(share)[None]}, method="edit")
+        assert equivalent_shift(reference, edited, 0.5).value == pytest.approx(scipy_logit(rate))
+
+
+def test_an_interval_may_reach_beyond_an_end_on_one_side() -> None:
+    """An edit that is drawn anew as good as the first rate: with other items it is better as often as worse."""
+    rng = np.random.default_rng(0)
+    reference = curve([0.9, 0.8, 0.6, 0.4, 0.2]) | {0.1: (rng.random((3, N)) < 0.9).astype(float)}
+    edited = (rng.random((3, N)) < reference[0.1].mean() - 0.01).astype(float)
+    found = equivalent_shift(cells(reference), cells({0.1: edited}, method="edit"), 0.1)
+    assert found.low == -math.inf
+    assert 0 < found.high < scipy_logit(0.3) - scipy_logit(0.1)
 
 
 def test_rates_at_the_ends_are_no_part_of_the_curve() -> None:
@@ -105,19 +127,32 @@ def test_rates_at_the_ends_are_no_part_of_the_curve() -> None:
     assert equivalent_shift(cells(with_end), edited, 0.5) == equivalent_shift(cells(reference), edited, 0.5)
 
 
-def test_a_curve_that_rises_is_taken_as_never_rising() -> None:
-    reference = cells(curve([0.9, 0.6, 0.7, 0.3, 0.1]))
-    flat = cells(curve([0.9, 0.6, 0.6, 0.3, 0.1]))
-    for share in (0.8, 0.65, 0.45):
-        edited = cells({0.5: right(share)[None]}, method="edit")
-        assert equivalent_shift(reference, edited, 0.5).value == equivalent_shift(flat, edited, 0.5).value
+def test_where_a_curve_has_a_value_more_than_once_the_nearest_rate_counts() -> None:
+    """Odds on log(p/(1-p)) between the rates, on every stretch of a curve that falls, rises and falls again."""
+    shares = (0.9, 0.6, 0.8, 0.3, 0.1)
+    reference, scale = cells(curve(shares)), scipy_logit(np.array(RATES))
+    for share in (0.85, 0.75, 0.65, 0.45):
+        edited = right(share)[None]
+        crossings = [
+            a + (u - share) / (u - v) * (b - a)
+            for a, b, u, v in zip(scale, scale[1:], shares, shares[1:], strict=False)
+            if min(u, v) <= share <= max(u, v)
+        ]
+        for rate in RATES:
+            expected = min((place - scipy_logit(rate) for place in crossings), key=abs)
+            found = equivalent_shift(reference, cells({rate: edited}, method="edit"), rate)
+            assert found.value == pytest.approx(expected, abs=1e-9)
 
 
-def test_as_much_as_several_rates_is_as_much_as_the_least_of_them() -> None:
+@pytest.mark.parametrize(
+    ("share", "drop_rate", "rate"),
+    [(1.0, 0.1, 0.1), (1.0, 0.2, 0.2), (1.0, 0.6, 0.3), (0.0, 0.6, 0.7), (0.0, 0.8, 0.8), (0.0, 0.95, 0.9)],
+)
+def test_on_a_plateau_the_nearest_rate_counts(share: float, drop_rate: float, rate: float) -> None:
     reference = cells(curve([1.0, 1.0, 0.5, 0.0, 0.0]))
-    for share, rate in ((1.0, 0.1), (0.0, 0.7)):
-        edited = cells({0.5: right(share)[None]}, method="edit")
-        assert equivalent_shift(reference, edited, 0.5).value == pytest.approx(scipy_logit(rate))
+    edited = cells({drop_rate: right(share)[None]}, method="edit")
+    expected = scipy_logit(rate) - scipy_logit(drop_rate)
+    assert equivalent_shift(reference, edited, drop_rate).value == pytest.approx(expected, abs=1e-12)
 
 
 def test_another_pair_is_compared_with_its_own_untouched_model() -> None:
@@ -206,20 +241,24 @@ def test_matched_rates_make_the_same_noise(rate: float, ratio: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("found", "least", "most_off"),
+    ("found", "verdict"),
     [
-        (Interval(0.9, 0.5, 1.1), "holds", "cannot tell"),
-        (Interval(0.9, 0.49, 1.1), "cannot tell", "cannot tell"),
-        (Interval(0.5, 0.4, 0.5), "cannot tell", "holds"),
-        (Interval(0.3, 0.1, 0.49), "refuted", "holds"),
-        (Interval(-0.3, -0.5, 0.5), "cannot tell", "holds"),
-        (Interval(-0.6, -0.7, -0.5), "refuted", "cannot tell"),
-        (Interval(-0.6, -0.7, -0.51), "refuted", "refuted"),
-        (Interval(0.8, 0.51, 0.9), "holds", "refuted"),
-        (Interval(0.0, -9.0, 9.0), "cannot tell", "cannot tell"),
-        (Interval(math.nan, math.nan, math.nan), "cannot tell", "cannot tell"),
+        (Interval(0.9, 0.5, 1.5), "holds"),
+        (Interval(0.9, 0.49, 1.1), "cannot tell"),
+        (Interval(0.9, 0.5, 1.51), "cannot tell"),
+        (Interval(0.5, 0.4, 0.5), "cannot tell"),
+        (Interval(0.3, 0.1, 0.49), "refuted"),
+        (Interval(1.6, 1.5, 1.7), "cannot tell"),
+        (Interval(1.6, 1.51, 1.7), "refuted"),
+        (Interval(0.9, -9.0, 9.0), "cannot tell"),
+        (Interval(0.9, 0.6, math.inf), "cannot tell"),
+        (Interval(math.inf, math.inf, math.inf), "refuted"),
+        (Interval(math.nan, math.nan, math.nan), "cannot tell"),
     ],
 )
-def test_verdicts_follow_the_interval(found: Interval, least: str, most_off: str) -> None:
-    assert at_least(found, 0.5) == least
-    assert at_most_off(found, 0.5) == most_off
+def test_verdicts_follow_the_interval(found: Interval, verdict: str) -> None:
+    assert between(found, 0.5, 1.5) == verdict
+    # Mirrored, and with one side open.
+    assert between(Interval(-found.value, -found.high, -found.low), -1.5, -0.5) == verdict
+    open_side = "holds" if found.low >= 0.5 else "refuted" if found.high < 0.5 else "cannot tell"
+    assert between(found, 0.5, math.inf) == open_side

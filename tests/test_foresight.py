@@ -23,6 +23,7 @@ from delta_analysis.foresight import (
     LOGITS,
     PREDICTORS,
     Line,
+    _fine_tune_weights,
     best_predictor,
     calibration_table,
     chosen_anew,
@@ -32,6 +33,7 @@ from delta_analysis.foresight import (
     left_out,
     tolerated_drop_rate,
 )
+from delta_analysis.intervals import RESAMPLES
 from delta_analysis.parameter_checks import choose_evaluation
 from delta_analysis.paths import zoo_model
 from delta_analysis.predictors import NOISE, NORMS, VALUES, delta_predictors
@@ -292,6 +294,34 @@ def test_intervals_are_wider_where_scopes_of_a_pair_err_together() -> None:
     assert together > 1.15 * alone
 
 
+def widths(table: pd.DataFrame) -> np.ndarray:
+    found = compare_predictors(table, ["good", "fair"])
+    return np.concatenate([found["high"] - found["low"], found["slope_high"] - found["slope_low"]])
+
+
+def test_more_bases_of_the_same_fine_tunes_narrow_no_interval_much() -> None:
+    """Twice the pairs, and as many fine-tunes: resampled are fine-tunes, and a copy tells nothing new."""
+    table = made_up(0.5, pair_spread=0.5, pairs=20)
+    copied = table.assign(base=table["base"] + " again")
+    twice = pd.concat([table, copied], ignore_index=True)
+    assert widths(twice) == pytest.approx(widths(table), rel=0.1)
+    # As fine-tunes of their own they would.
+    others = pd.concat([table, copied.assign(finetuned=table["finetuned"] + " again")], ignore_index=True)
+    assert (widths(others) < 0.85 * widths(table)).all()
+
+
+def test_rows_of_a_fine_tune_are_drawn_together() -> None:
+    table = made_up(pairs=6).sample(frac=1, random_state=1)
+    weights = _fine_tune_weights(table)
+    count = table["finetuned"].nunique()
+    assert weights.shape == (RESAMPLES, len(table))
+    one_each = []
+    for rows in table.groupby("finetuned").indices.values():
+        assert (weights[:, rows] == weights[:, rows[:1]]).all()
+        one_each.append(weights[:, rows[0]])
+    assert (np.sum(one_each, axis=0) == count).all()
+
+
 def test_the_best_predictor_is_the_first_of_the_comparison(table: pd.DataFrame, compared: pd.DataFrame) -> None:
     assert best_predictor(table, ["bad", "good", "fair"]) == compared["predictor"].iloc[0] == "good"
     assert best_predictor(table, ["bad", "fair"]) == "fair"
@@ -410,8 +440,9 @@ def test_beyond_the_search_its_end_is_foretold(delta: da.Delta, shift: float, en
     assert found.tolerated == pytest.approx(end)
     assert found.low == pytest.approx(end) if end == LOWEST else found.low < end
     assert found.high == pytest.approx(end) if end == HIGHEST else found.high > end
-    (sentence,) = found.outside
-    assert sentence.startswith("its rms is ")
+    value, bound = found.outside
+    assert value.startswith("its rms is ")
+    assert bound.startswith("the rate that is foretold lies at an end")
 
 
 def test_a_scope_has_its_own_value(delta: da.Delta) -> None:
@@ -458,7 +489,9 @@ def test_a_model_of_another_size_is_outside(delta: da.Delta, factor: float) -> N
 def test_a_value_beyond_those_fitted_on_is_outside(delta: da.Delta, shift: float) -> None:
     table = fitted(delta, "norms_sum", 0.2, shift=shift).assign(numel=1)
     found = tolerated_drop_rate(delta, table=table)
-    value, size = found.outside
+    # The rate too is at an end where the line is followed far to the right of its values.
+    value, size = found.outside[:2]
+    assert len(found.outside) == 2 + (scipy_logit(found.tolerated) <= LOGITS[0] + 1e-9)
     low, high = table["norms_sum"].agg(["min", "max"])
     assert value == f"its norms_sum is {found.value:.3g}, and {low:.3g} to {high:.3g} where the line was fitted"
     assert "million entries" in size
@@ -495,6 +528,12 @@ def test_an_adapter_is_foretold(tmp_path: Path) -> None:
 
 
 # The committed table.
+
+
+def test_a_change_of_the_table_stays_with_its_owner() -> None:
+    mine = calibration_table()
+    mine["tolerated"] = 0.5
+    assert not calibration_table()["tolerated"].eq(0.5).all()
 
 
 def test_the_committed_table_can_be_fitted_on() -> None:

@@ -659,8 +659,9 @@ class Coin:
 
 
 def test_pruners_are_asked_for() -> None:
-    with pytest.raises(ValueError, match="pruners: none is given"):
-        layer_noise(*PAIR, TEXTS, pruners=[])
+    for bad in ([], (), da.Dare(0.5), None, "DARE", [0.9]):
+        with pytest.raises(ValueError, match=r"pruners must be a list of at least one, such as \[Dare\(0.9\)\]; not "):
+            layer_noise(*PAIR, TEXTS, pruners=bad)  # type: ignore[arg-type]
     for inputs in (TEXTS, None):
         with pytest.raises(ValueError, match=r"Coin\(.*is random and has no method law"):
             layer_noise(*PAIR, inputs, pruners=[da.Dare(0.5), Coin()])
@@ -672,6 +673,8 @@ def test_pruners_are_asked_for() -> None:
 def test_texts_are_asked_for() -> None:
     with pytest.raises(ValueError, match="there is no text"):
         layer_noise(*PAIR, [])
+    with pytest.raises(ValueError, match=r"inputs must be a list of texts, and this is a single one; give \[text\]"):
+        layer_noise(*PAIR, TEXTS[0])
     with pytest.raises(ValueError, match="most_tokens must be at least 1"):
         layer_noise(*PAIR, TEXTS, most_tokens=0)
 

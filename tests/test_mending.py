@@ -144,9 +144,17 @@ def test_what_makes_no_noise_is_dropped_first() -> None:
     numel, noise = {"zero": 100, "w": 100}, table({"zero": 0.0, "w": 0.2})
     for rule in ("least", "equal"):
         assert kept_by(allot(noise, numel, 0.6, rule=rule)) == pytest.approx([0, 0.8])
-        # More than the others have: nothing is left to win by keeping zeros.
-        assert kept_by(allot(noise, numel, 0.3, rule=rule)) == pytest.approx([0, 1])
-        assert kept_by(allot(table({"zero": 0.0, "w": 0.0}), numel, 0.3, rule=rule)) == pytest.approx([0, 0])
+        # All that makes noise is just as much as is to be kept.
+        assert kept_by(allot(noise, numel, 0.5, rule=rule)) == pytest.approx([0, 1])
+
+
+def test_more_than_there_is_noise_for_cannot_be_kept() -> None:
+    numel = {"zero": 100, "w": 100}
+    for rule in ("least", "equal"):
+        with pytest.raises(ValueError, match="tensors with noise have 100 entries, fewer than the 140 to be kept"):
+            allot(table({"zero": 0.0, "w": 0.2}), numel, 0.3, rule=rule)
+        with pytest.raises(ValueError, match="tensors with noise have 0 entries, fewer than the 20 to be kept"):
+            allot(table({"zero": 0.0, "w": 0.0}), numel, 0.9, rule=rule)
 
 
 def test_rows_of_tensors_outside_the_delta_do_not_count() -> None:
@@ -164,8 +172,18 @@ def test_wrong_allotments_are_refused() -> None:
     for bad in (-0.5, 2, "0.5", math.nan):
         with pytest.raises(ValueError, match="drop_rate must be a number"):
             allot(noise, numel, bad)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="noise has no row for tensor 'b', one of 2 that it lacks"):
+    with pytest.raises(ValueError, match="noise has no share for tensor 'b', one of 2 that it lacks"):
         allot(noise, numel | {"b": 3, "c": 4}, 0.5)
+
+
+@pytest.mark.parametrize("bad", [math.nan, -0.1])
+def test_a_tensor_without_a_share_is_refused(bad: float) -> None:
+    numel = {"a": 10, "b": 10}
+    with pytest.raises(ValueError, match="noise has no share for tensor 'b', one of 1 that it lacks"):
+        allot(table({"a": 0.1, "b": bad}), numel, 0.5)
+    # One use without output beside one that has it.
+    tied = allot(table({"a": 0.1, "b": [math.nan, 0.3]}), numel, 0.5)
+    assert tied == allot(table({"a": 0.1, "b": 0.3}), numel, 0.5)
 
 
 def test_allotted_rates_lower_the_foretold_noise_of_a_real_delta() -> None:
@@ -230,9 +248,9 @@ def test_a_weight_of_1_is_the_least_error_that_layer_noise_foretells() -> None:
     noise = delta_noise(delta, texts)
     best = factors_by_layer(noise, 0.9, 1.0)
     assert best.method == "drop × factors by layer, weight 1"
-    # A tied embedding has one factor for both uses, so that errors are compared by tensor.
+    # A tied embedding has one factor for both uses, each by its share of its layer's output.
     error = delta_noise(delta, texts, pruners=(best, Dare(0.9), Dare(0.9, 3.0), Dare(0.9, "none")))
-    by_tensor = error.pivot_table(index="tensor", columns="method", values="error", aggfunc="sum")
+    by_tensor = error.pivot_table(index="tensor", columns="method", values="error_share", aggfunc="sum")
     for method in by_tensor.columns:
         assert (by_tensor[best.method] <= by_tensor[method] * (1 + 1e-9)).all()
 
@@ -251,6 +269,11 @@ def test_factors_fall_with_the_weight_to_drop_only() -> None:
 def test_the_uses_of_a_tied_tensor_share_a_factor() -> None:
     tied = pd.concat([sums(e=(1.0, 2.0)), sums(e=(3.0, 2.0))])
     assert factors_by_layer(tied, 0.5, 1.0) == factors_by_layer(sums(e=(4.0, 4.0)), 0.5, 1.0)
+    # Each counts by its share of the output of its layer, where there is one.
+    scaled = tied.assign(output=[10.0, 0.1])
+    expected = factors_by_layer(sums(e=(0.1 + 30.0, 0.2 + 20.0)), 0.5, 1.0)
+    assert factors(factors_by_layer(scaled, 0.5, 1.0)) == pytest.approx(factors(expected))
+    assert factors_by_layer(tied.assign(output=0.0), 0.5, 1.0) == factors_by_layer(tied, 0.5, 1.0)
 
 
 def test_wrong_factors_are_refused() -> None:
@@ -258,6 +281,9 @@ def test_wrong_factors_are_refused() -> None:
     for bad in (-1.0, math.nan):
         with pytest.raises(ValueError, match="weight must be at least 0"):
             factors_by_layer(noise, 0.5, bad)
+    delta = da.load_delta(base="zoo:tiny/base", finetuned="zoo:tiny/code")
+    with pytest.raises(ValueError, match="noise has no signal; factors by layer need a table of layer_noise with inp"):
+        factors_by_layer(delta_noise(delta), 0.5, 1.0)
     for rate, message in ((1, "nothing is left"), (-0.1, "must be a number in"), (1.5, "must be a number in")):
         with pytest.raises(ValueError, match=f"drop_rate.*{message}"):
             factors_by_layer(noise, rate, 1.0)

@@ -9,7 +9,14 @@ from delta_analysis.plots.curves import (
     tolerance_by_size,
 )
 from delta_analysis.plots.methods import damage_scatter, method_dots, winner_map
-from delta_analysis.plots.noise import foretold_scatter, noise_by_layer, recovery_dots, shift_rows, trail_tolerance
+from delta_analysis.plots.noise import (
+    damage_by_noise,
+    foretold_scatter,
+    noise_by_layer,
+    recovery_dots,
+    shift_rows,
+    trail_tolerance,
+)
 from delta_analysis.plots.ranges import (
     MOST_ANNOTATED,
     layer_heatmap,
@@ -26,6 +33,7 @@ __all__ = [
     "MOST_ANNOTATED",
     "PALETTE",
     "colours",
+    "damage_by_noise",
     "damage_scatter",
     "drop_curves",
     "factor_curves",

@@ -10,6 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
+from delta_analysis.intervals import PERPLEXITY, metric_named
 from delta_analysis.names import NO_LAYER
 from delta_analysis.plots.curves import rate_ticks
 from delta_analysis.plots.style import (
@@ -17,8 +18,10 @@ from delta_analysis.plots.style import (
     METHOD_COLOURS,
     PALETTE,
     colours,
+    is_share,
     legend_below,
     method_colours,
+    metric_label,
     plain_log_axis,
 )
 from delta_analysis.tolerance import logit
@@ -103,20 +106,46 @@ def shift_rows(shifts: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """How far interventions shift the damage: measured as a dot with its 95% interval, foretold as a bar; one a row.
 
     `shifts` has `intervention, foretold, measured, low, high` of one pair, all on log(p/(1-p)): how much
-    larger the odds of DARE would have to be to do the same damage.
+    larger the odds of DARE would have to be to do the same damage. An infinite end is drawn to the axis' end.
     """
     ax = ax or plt.gca()
     places = np.arange(len(shifts))[::-1]
     ax.axvline(0, color=GREY, lw=0.8, ls=":", zorder=1)
-    for place, (_, row) in zip(places, shifts.iterrows(), strict=True):
+    finite = shifts[["foretold", "measured", "low", "high"]].replace([np.inf, -np.inf], np.nan)
+    left, right = finite.min().min() - 1, finite.max().max() + 1
+    ends = shifts[["measured", "low", "high"]].clip(left, right)
+    for place, (index, row) in zip(places, shifts.iterrows(), strict=True):
         first = place == places[0]
+        row = pd.concat([row[["foretold"]], ends.loc[index]])
         ax.plot(row["foretold"], place, "|", color="black", ms=17, mew=1.6, label="foretold" if first else None)
         ax.plot([row["low"], row["high"]], [place, place], color=PALETTE[0], lw=1.8, zorder=3)
         ax.plot(
             row["measured"], place, "o", color=PALETTE[0], ms=6, zorder=4, label="measured, with 95%" if first else None
         )
     ax.set_yticks(places, shifts["intervention"])
-    ax.set(ylim=(-0.7, len(places) - 0.3), xlabel="shift of log(p / (1 − p))")
+    ax.set(xlim=(left, right), ylim=(-0.7, len(places) - 0.3), xlabel="shift of log(p / (1 − p))")
+    return legend_below(ax, columns=2)
+
+
+def damage_by_noise(curve: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """The metric against the noise in the layers, p/(1-p) times what N/Y comes to, with 95% bands, one line a pair.
+
+    `curve` has the columns of `drop_curve` and `noise`. Where noise alone decides, the lines lie on each other.
+    """
+    ax = ax or plt.gca()
+    inner = curve[curve["drop_rate"].between(0, 1, inclusive="neither")]
+    for pair, colour in colours(inner["pair"].tolist()).items():
+        line = inner[inner["pair"] == pair].sort_values("noise")
+        ax.plot(line["noise"], line["value"], "o-", color=colour, ms=4, lw=1.6, label=pair, zorder=3)
+        ax.fill_between(line["noise"], line["low"], line["high"], color=colour, alpha=0.18, lw=0, zorder=2)
+    ax.set(xscale="log", xlabel="noise in the layers, p / (1 − p) · N/Y brought together", ylabel=metric_label(inner))
+    # Over many decades only their powers of ten can be named.
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    if is_share(inner):
+        ax.set_ylim(-0.03, 1.03)
+        ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    elif metric_named(inner["metric"].iloc[0]) is PERPLEXITY:
+        ax.set_yscale("log")
     return legend_below(ax, columns=2)
 
 
@@ -129,7 +158,7 @@ def trail_tolerance(trail: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ordered = trail.sort_values("noise")
     y, low, high = (ordered[column].map(logit) for column in ("tolerated", "low", "high"))
     spread = [(y - low).clip(lower=0), (high - y).clip(lower=0)]
-    ax.errorbar(ordered["noise"], y, spread, fmt="o-", color=PALETTE[0], ms=5, lw=1.4)
+    ax.errorbar(ordered["noise"], y, spread, fmt="o", color=PALETTE[0], ms=5, lw=1.4)
     named = 0.0
     for _, row in ordered.iterrows():
         # Of bases whose noise is nearly the same the first is named.
@@ -153,10 +182,11 @@ def trail_tolerance(trail: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 def recovery_dots(recoveries: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """The share of the untouched metric that each way to drop keeps, most first, with 95% intervals; DARE as a line.
 
-    `recoveries` is a table of `recovered` for one pair and drop rate. Filled: no choice or one without
-    labels; open: chosen with labels.
+    `recoveries` is a table of `recovered` for one pair and drop rate, with `floor`, what is kept when all is
+    dropped (a dotted line). Filled: no choice or one without labels; open: chosen with labels.
     """
     ax = ax or plt.gca()
+    recoveries = recoveries.sort_values("kept", ascending=False, kind="stable")
     # By the alphabet, so that panels agree.
     palette = method_colours(sorted(set(recoveries["way"])))
     places = np.arange(len(recoveries))[::-1]
@@ -167,6 +197,7 @@ def recovery_dots(recoveries: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         ax.plot(row["kept"], place, "o", color=colour, ms=5, mfc=face, zorder=3)
     dare = recoveries.loc[recoveries["way"] == "DARE", "kept"].iloc[0]
     ax.axvline(dare, color=METHOD_COLOURS["DARE"], lw=0.9, ls="--", zorder=1)
+    ax.axvline(recoveries["floor"].iloc[0], color=GREY, lw=0.9, ls=":", zorder=1)
     names = [
         row["way"] if row["chosen_by"] == "-" else f"{row['way']}, {row['chosen_by']}"
         for _, row in recoveries.iterrows()

@@ -173,6 +173,66 @@ def test_interventions_stand_from_the_top_with_both_shifts(shifts: pd.DataFrame)
     assert list(labelled(ax)) == ["foretold", "measured, with 95%"]
 
 
+def test_an_infinite_end_is_drawn_to_the_end_of_the_axis(shifts: pd.DataFrame) -> None:
+    shifts.loc[1, ["measured", "high"]] = math.inf
+    shifts.loc[2, "low"] = -math.inf
+    ax = plots.shift_rows(shifts)
+    # What is finite is between -0.9 and 4.4, and 1 is added on each side.
+    assert ax.get_xlim() == (-1.9, 5.4)
+    intervals = [line for line in ax.get_lines() if line.get_marker() == "None" and line.get_linestyle() == "-"]
+    assert [tuple(line.get_xdata()) for line in intervals] == [(-0.2, 0.4), (3.5, 5.4), (-1.9, -0.3)]
+    dots = [line for line in ax.get_lines() if line.get_marker() == "o"]
+    assert [float(np.squeeze(line.get_xdata())) for line in dots] == [0.1, 5.4, -0.9]
+    ax.figure.draw_without_rendering()
+
+
+@pytest.fixture
+def damage() -> pd.DataFrame:
+    """Two curves of `drop_curve`, in no order, with the untouched model and with all dropped."""
+    rates, noises = [0.9, 0.0, 0.5, 1.0, 0.1], {"a → b": 0.01, "c → d": 0.5}
+    rows = [
+        {"pair": pair, "metric": "accuracy", "drop_rate": p, "noise": p / (1 - p) * noise if p < 1 else math.inf}
+        for pair, noise in noises.items()
+        for p in rates
+    ]
+    table = pd.DataFrame(rows)
+    value = 1 - 0.8 * table["drop_rate"]
+    return table.assign(value=value, low=value - 0.1, high=(value + 0.1).clip(upper=1))
+
+
+def test_damage_stands_against_the_noise_with_a_band(damage: pd.DataFrame) -> None:
+    _, ax = plt.subplots()
+    assert plots.damage_by_noise(damage, ax=ax) is ax
+    lines = labelled(ax)
+    assert list(lines) == ["a → b", "c → d"]
+    bands = list(ax.collections)
+    for (pair, line), band in zip(lines.items(), bands, strict=True):
+        # The ends have no place on a scale of odds.
+        own = damage[(damage["pair"] == pair) & damage["drop_rate"].isin([0.1, 0.5, 0.9])].sort_values("drop_rate")
+        assert list(line.get_xdata()) == own["noise"].tolist()
+        assert list(line.get_ydata()) == own["value"].tolist()
+        assert (line.get_marker(), line.get_linestyle()) == ("o", "-")
+        corners = {(x, y) for x, y in band.get_paths()[0].vertices.tolist()}
+        for column in ("low", "high"):
+            assert set(zip(own["noise"], own[column], strict=True)) <= corners
+        np.testing.assert_allclose(band.get_facecolor()[0, :3], mpl.colors.to_rgb(line.get_color()))
+    assert lines["a → b"].get_color() != lines["c → d"].get_color()
+    assert (ax.get_xscale(), ax.get_yscale()) == ("log", "linear")
+    assert "p / (1 − p)" in ax.get_xlabel()
+    assert ax.get_ylabel() == "accuracy (exact match)"
+    assert ax.get_ylim() == (-0.03, 1.03)
+    assert ax.yaxis.get_major_formatter()(0.5, 0) == "50%"
+
+
+def test_perplexities_by_noise_have_a_logarithmic_axis(damage: pd.DataFrame) -> None:
+    table = damage.assign(metric="perplexity", value=damage["value"] + 3, high=damage["high"] + 4)
+    ax = plots.damage_by_noise(table)
+    assert (ax.get_yscale(), ax.get_ylabel()) == ("log", "perplexity")
+    drift = plots.damage_by_noise(table.assign(metric="kl"), ax=plt.figure().subplots())
+    assert (drift.get_yscale(), drift.get_ylabel()) == ("linear", "kl")
+    assert drift.get_ylim()[1] > 4
+
+
 @pytest.fixture
 def trail() -> pd.DataFrame:
     return pd.DataFrame(
@@ -191,6 +251,8 @@ def test_the_trail_is_in_order_of_its_noise(trail: pd.DataFrame) -> None:
     assert plots.trail_tolerance(trail, ax=ax) is ax
     ordered = trail.sort_values("noise")
     line = ax.get_lines()[0]
+    # Bases apart from each other are not joined.
+    assert (line.get_marker(), line.get_linestyle()) == ("o", "None")
     assert list(line.get_xdata()) == ordered["noise"].tolist()
     assert list(line.get_ydata()) == ordered["tolerated"].map(logit).tolist()
     (bars,) = [each for each in ax.collections if isinstance(each, mpl.collections.LineCollection)]
@@ -213,11 +275,12 @@ def test_of_bases_next_to_each_other_one_is_named(trail: pd.DataFrame) -> None:
 def recoveries() -> pd.DataFrame:
     return pd.DataFrame(
         {
-            "way": ["proportional by model", "one factor (DAREx-q)", "one factor (DAREx-q)", "MP", "DARE"],
+            "way": ["proportional by model", "one factor", "one factor", "MP", "DARE"],
             "chosen_by": ["-", "labels", "no labels", "-", "-"],
             "kept": [0.9, 0.6, 0.5, 0.3, 0.1],
             "low": [0.8, 0.5, 0.4, 0.2, 0.0],
             "high": [1.0, 0.7, 0.6, 0.4, 0.2],
+            "floor": 0.05,
         }
     )
 
@@ -227,8 +290,8 @@ def test_ways_stand_from_the_top_with_their_intervals(recoveries: pd.DataFrame) 
     assert plots.recovery_dots(recoveries, ax=ax) is ax
     assert [tick.get_text() for tick in ax.get_yticklabels()] == [
         "proportional by model",
-        "one factor (DAREx-q), labels",
-        "one factor (DAREx-q), no labels",
+        "one factor, labels",
+        "one factor, no labels",
         "MP",
         "DARE",
     ]
@@ -240,6 +303,8 @@ def test_ways_stand_from_the_top_with_their_intervals(recoveries: pd.DataFrame) 
     assert [tuple(bar.get_xdata()) for bar in bars] == list(zip(recoveries["low"], recoveries["high"], strict=True))
     (reference,) = [line for line in ax.get_lines() if line.get_linestyle() == "--"]
     assert list(reference.get_xdata()) == [0.1, 0.1]
+    (floor,) = [line for line in ax.get_lines() if line.get_linestyle() == ":"]
+    assert list(floor.get_xdata()) == [0.05, 0.05]
     assert ax.xaxis.get_major_formatter()(0.5, 0) == "50%"
 
 
@@ -249,15 +314,16 @@ def test_a_way_chosen_with_labels_is_open_and_colours_are_those_of_methods(recov
     known = plots.METHOD_COLOURS
     assert [dots[i].get_color() for i in (0, 3, 4)] == [known["proportional"], known["MP"], known["DARE"]]
     assert dots[1].get_color() == dots[2].get_color() not in known.values()
-    # Panels of other orders agree.
+    # Rows are sorted by what they keep, whatever their order.
     again = plots.recovery_dots(recoveries[::-1], ax=plt.figure().subplots())
     other = [line for line in again.get_lines() if line.get_marker() == "o"]
-    assert [dot.get_color() for dot in other[::-1]] == [dot.get_color() for dot in dots]
+    assert [dot.get_xdata()[0] for dot in other] == recoveries["kept"].tolist()
+    assert [dot.get_color() for dot in other] == [dot.get_color() for dot in dots]
 
 
-@pytest.mark.parametrize("figure", ["noise", "foretold", "shifts"])
+@pytest.mark.parametrize("figure", ["noise", "foretold", "shifts", "damage"])
 def test_the_legend_stands_below_the_axes_and_their_label(
-    figure: str, noise: pd.DataFrame, foretold: pd.DataFrame, shifts: pd.DataFrame
+    figure: str, noise: pd.DataFrame, foretold: pd.DataFrame, shifts: pd.DataFrame, damage: pd.DataFrame
 ) -> None:
     with plt.rc_context():
         plots.set_style()
@@ -266,6 +332,7 @@ def test_the_legend_stands_below_the_axes_and_their_label(
             "noise": (plots.noise_by_layer, noise),
             "foretold": (plots.foretold_scatter, foretold),
             "shifts": (plots.shift_rows, shifts),
+            "damage": (plots.damage_by_noise, damage),
         }[figure]
         draw(table, ax=ax)  # type: ignore[operator]
         canvas.draw_without_rendering()
@@ -275,17 +342,23 @@ def test_the_legend_stands_below_the_axes_and_their_label(
 
 
 def test_every_figure_can_be_drawn(
-    noise: pd.DataFrame, foretold: pd.DataFrame, shifts: pd.DataFrame, trail: pd.DataFrame, recoveries: pd.DataFrame
+    noise: pd.DataFrame,
+    foretold: pd.DataFrame,
+    shifts: pd.DataFrame,
+    trail: pd.DataFrame,
+    recoveries: pd.DataFrame,
+    damage: pd.DataFrame,
 ) -> None:
     """No text, tick or limit that is not a number, which drawing would warn of."""
     with plt.rc_context():
         plots.set_style()
-        canvas, axes = plt.subplots(1, 5, figsize=(25, 4))
+        canvas, axes = plt.subplots(1, 6, figsize=(30, 4))
         plots.noise_by_layer(noise, ax=axes[0])
         plots.foretold_scatter(foretold, ax=axes[1])
         plots.shift_rows(shifts, ax=axes[2])
         plots.trail_tolerance(trail, ax=axes[3])
         plots.recovery_dots(recoveries, ax=axes[4])
+        plots.damage_by_noise(damage, ax=axes[5])
         canvas.draw_without_rendering()
         for ax in axes:
             assert all(math.isfinite(limit) for limit in (*ax.get_xlim(), *ax.get_ylim()))
