@@ -27,7 +27,7 @@ def ways(noise: pd.DataFrame, numel: Mapping[str, int], drop_rate: float) -> dic
     Parameters
     ----------
     noise : a table of `layer_noise` with inputs and one pruner. Ways that go by it are left out unless it has
-        a row for every tensor.
+        a row for every tensor, and tensors with noise have enough entries.
     numel : name of each tensor of the delta -> its number of entries.
     drop_rate : p, in (0, 1).
 
@@ -45,7 +45,10 @@ def ways(noise: pd.DataFrame, numel: Mapping[str, int], drop_rate: float) -> dic
     *inner, _ = factor_grid(drop_rate, FACTORS)
     window = 0.9 * min(drop_rate, 1 - drop_rate)
     by_noise: dict[str, tuple[Pruner, ...]] = {}
-    if set(numel) <= set(noise.loc[noise["noise_share"].notna(), "tensor"]):
+    shares = noise.groupby("tensor")["noise_share"].sum(min_count=1)
+    noisy = sum(count for name, count in numel.items() if shares.get(name, 0.0) > 0)
+    # Frozen tensors make no noise, and may be more than are to be dropped.
+    if set(numel) <= set(shares.dropna().index) and noisy >= (1 - drop_rate) * sum(numel.values()):
         by_noise = {
             "factors by layer": tuple(factors_by_layer(noise, drop_rate, weight) for weight in WEIGHTS),
             "DARE, least noise": (allot(noise, numel, drop_rate),),

@@ -74,7 +74,7 @@ def test_dare_against_itself_is_no_shift(rate: float) -> None:
     ids=["falling", "plateau first", "plateau between", "flat ends", "flat"],
 )
 def test_dare_with_noise_of_seeds_and_items_against_itself_is_no_shift(shares: tuple[float, ...]) -> None:
-    """The same samples on both sides: whatever the noise, and where it makes a plateau rise, the interval is a point."""
+    """The same samples on both sides: even where noise makes a plateau rise, the interval is a point."""
     rng = np.random.default_rng(0)
     reference = {0.0: np.ones((1, N))} | {
         p: (rng.random((5, N)) < share).astype(float) for p, share in zip(RATES, shares, strict=True)

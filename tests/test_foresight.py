@@ -489,9 +489,8 @@ def test_a_model_of_another_size_is_outside(delta: da.Delta, factor: float) -> N
 def test_a_value_beyond_those_fitted_on_is_outside(delta: da.Delta, shift: float) -> None:
     table = fitted(delta, "norms_sum", 0.2, shift=shift).assign(numel=1)
     found = tolerated_drop_rate(delta, table=table)
-    # The rate too is at an end where the line is followed far to the right of its values.
+    # The rate that is foretold may be at an end too.
     value, size = found.outside[:2]
-    assert len(found.outside) == 2 + (scipy_logit(found.tolerated) <= LOGITS[0] + 1e-9)
     low, high = table["norms_sum"].agg(["min", "max"])
     assert value == f"its norms_sum is {found.value:.3g}, and {low:.3g} to {high:.3g} where the line was fitted"
     assert "million entries" in size

@@ -109,6 +109,7 @@ def shift_rows(shifts: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     larger the odds of DARE would have to be to do the same damage. An infinite end is drawn to the axis' end.
     """
     ax = ax or plt.gca()
+    shifts = shifts.reset_index(drop=True)
     places = np.arange(len(shifts))[::-1]
     ax.axvline(0, color=GREY, lw=0.8, ls=":", zorder=1)
     finite = shifts[["foretold", "measured", "low", "high"]].replace([np.inf, -np.inf], np.nan)
