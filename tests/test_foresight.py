@@ -23,12 +23,8 @@ from delta_analysis.foresight import (
     LOGITS,
     PREDICTORS,
     Line,
-    _fine_tune_weights,
     best_predictor,
     calibration_table,
-    chosen_anew,
-    compare_predictors,
-    error_difference,
     fit_line,
     left_out,
     tolerated_drop_rate,
@@ -36,6 +32,7 @@ from delta_analysis.foresight import (
 from delta_analysis.intervals import RESAMPLES
 from delta_analysis.parameter_checks import choose_evaluation
 from delta_analysis.paths import zoo_model
+from delta_analysis.predictor_errors import _fine_tune_weights, chosen_anew, compare_predictors, error_difference
 from delta_analysis.predictors import NOISE, NORMS, VALUES, delta_predictors
 from delta_analysis.tolerance import HIGHEST, LOWEST
 

@@ -37,7 +37,7 @@ FINITE = st.lists(st.floats(-1e3, 1e3, width=32, allow_subnormal=False), min_siz
 
 
 @settings(deadline=None, max_examples=200)
-@given(values=FINITE, drop_rate=st.floats(0, 1), seed=st.integers(0, 99))
+@given(values=FINITE, drop_rate=st.floats(0, 0.999), seed=st.integers(0, 99))
 @example(values=[0.1, -0.3, 0.7] * 9, drop_rate=0.7, seed=0)
 def test_noise_of_dropping_the_delta_is_dare(values: list[float], drop_rate: float, seed: int) -> None:
     """To the last bit of float32: the sum with the delta rounds once more; up to 0.5 that changes nothing."""

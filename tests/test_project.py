@@ -57,6 +57,7 @@ LAYERS = (
     ("tolerance", "damage", "factors", "predictors", "mending"),
     ("recovery",),
     ("claim_measures", "foresight", "equivalence"),
+    ("predictor_errors",),
     ("claim_leads",),
     ("claim_effects",),
     ("plots.style",),
