@@ -31,6 +31,7 @@ def compare_predictors(table: pd.DataFrame, predictors: Sequence[str] = PREDICTO
 
     Examples
     --------
+    >>> from delta_analysis.foresight import calibration_table
     >>> compare_predictors(calibration_table(), ["abs_p50", "noise_rss"])["predictor"].tolist()
     ['noise_rss', 'abs_p50']
     """
@@ -69,6 +70,7 @@ def error_difference(table: pd.DataFrame, one: str, other: str) -> Interval:
 
     Examples
     --------
+    >>> from delta_analysis.foresight import calibration_table
     >>> error_difference(calibration_table(), "abs_p50", "noise_rss").low > 0
     True
     """
