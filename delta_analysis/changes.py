@@ -146,22 +146,6 @@ class SignsRedrawn:
         return tensor.abs() * torch.from_numpy(2 * drawn - 1).to(tensor).view(tensor.shape)
 
 
-@dataclass(frozen=True)
-class Chain:
-    """Several changes, one after the other."""
-
-    changes: tuple[Change, ...]
-
-    @property
-    def label(self) -> str:
-        return ", ".join(change.label for change in self.changes)
-
-    def __call__(self, tensor: torch.Tensor, *, name: str, seed: int) -> torch.Tensor:
-        for change in self.changes:
-            tensor = change(tensor, name=name, seed=seed)
-        return tensor
-
-
 def largest(tensor: torch.Tensor, share: float) -> torch.Tensor:
     """A mask of the `share` of entries that are largest in magnitude, and of all that equal the last of them.
 
