@@ -90,3 +90,10 @@ def trail(size: str = "small") -> list[tuple[int, str]]:
             record = json.loads((find_root() / "data" / "zoo" / name / "training.json").read_text())
             found.append((int(record["step"]), f"zoo:{name}"))
     return sorted(found)
+
+
+def tuned_on_trail(size: str = "small") -> dict[int, str]:
+    """Step of continual pre-training -> the model of that step fine-tuned as `instruct` is, where there is one."""
+    prefix = f"{size}/instruct-"
+    found = {int(name.removeprefix(prefix)): f"zoo:{name}" for name in zoo_names() if name.startswith(prefix)}
+    return dict(sorted(found.items()))

@@ -81,9 +81,22 @@ def _tune_head(name: str, parent: str, task: str, steps: int, seed: int) -> Stag
 
 
 def _decoder(
-    size: str, hidden_size: int, base_steps: int, cpt_steps: int, tune_steps: int = 400, trail: int = 0
+    size: str,
+    hidden_size: int,
+    base_steps: int,
+    cpt_steps: int,
+    tune_steps: int = 400,
+    *,
+    trail: int = 0,
+    tuned: int = 0,
 ) -> Recipe:
-    """The five decoders of a size; sizes differ in width and in how long they read, in nothing else."""
+    """The five decoders of a size; sizes differ in width and in how long they read, in nothing else.
+
+    With a trail, the `tuned` last models of continual pre-training are fine-tuned as `instruct` is, each
+    named after its step: what merging is compared with.
+    """
+    continual = _pretrain("code-cpt", "base", "python", cpt_steps, seed=4, trail=trail)
+    on_the_way = {**continual.trail_steps(), cpt_steps: continual.name}
     return Recipe(
         size,
         Shape(hidden_size, 3 * hidden_size, num_hidden_layers=4, num_attention_heads=4),
@@ -91,15 +104,19 @@ def _decoder(
             _pretrain("base", None, "base", base_steps, seed=1),
             _tune("instruct", "base", "instruct", tune_steps, seed=2),
             _tune("math", "base", "math", tune_steps, seed=3),
-            _pretrain("code-cpt", "base", "python", cpt_steps, seed=4, trail=trail),
+            continual,
             _tune("code", "code-cpt", "code", tune_steps, seed=5),
+            *(
+                _tune(f"instruct-{step:04d}", parent, "instruct", tune_steps, seed=6)
+                for step, parent in list(on_the_way.items())[len(on_the_way) - tuned :]
+            ),
         ),
     )
 
 
 RECIPES = {
     "tiny": _decoder("tiny", 64, base_steps=9_000, cpt_steps=3_000, tune_steps=1_200),
-    "small": _decoder("small", 128, base_steps=12_000, cpt_steps=4_000, trail=6),
+    "small": _decoder("small", 128, base_steps=12_000, cpt_steps=4_000, trail=6, tuned=5),
     "medium": _decoder("medium", 240, base_steps=4_500, cpt_steps=1_500),
     "encoder": Recipe(
         "encoder",
