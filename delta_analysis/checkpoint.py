@@ -46,6 +46,7 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         inside an adapter).
     config : the model's `config.json`, empty for a bare file.
     is_difference : whether the tensors are differences from a base, as an adapter's are, and not weights.
+    beside : name -> text of files that belong beside it when a model is saved from it.
     """
 
     source: str
@@ -54,6 +55,7 @@ class Checkpoint(Mapping[str, torch.Tensor]):
     skipped: dict[str, str] = field(repr=False)
     config: dict[str, Any] = field(repr=False)
     is_difference: bool = False
+    beside: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.entries[name].read()

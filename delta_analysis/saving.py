@@ -106,6 +106,9 @@ def save_checkpoint(
         _write_config(model if model.config else base, folder, parts)
         for file in _tokenizer(model, base):
             shutil.copy(file, folder / file.name)
+        # They describe the delta as it was made, before any edit.
+        for name, text in {} if delta.edits else delta.finetuned.beside.items():
+            (folder / name).write_text(text, encoding="utf-8")
     return table
 
 
