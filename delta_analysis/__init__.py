@@ -6,8 +6,10 @@ from delta_analysis.checkpoint import Checkpoint, open_checkpoint
 from delta_analysis.comparison import best_methods, lead
 from delta_analysis.curve import drop_curve
 from delta_analysis.damage import damage_summary, pruning_damage
+from delta_analysis.data_methods import Fisher, RegMean
 from delta_analysis.delta import Delta, load_delta
 from delta_analysis.editable import Edit, Pair
+from delta_analysis.election import Slack
 from delta_analysis.evaluate import (
     Classification,
     ExactMatch,
@@ -21,8 +23,12 @@ from delta_analysis.evaluate import (
     load_questions,
 )
 from delta_analysis.foresight import ForetoldDropRate, tolerated_drop_rate
+from delta_analysis.interference import interference
 from delta_analysis.known_pairs import known_pairs
 from delta_analysis.layer_noise import layer_noise
+from delta_analysis.merge_methods import Average, Della, TaskArithmetic, Ties
+from delta_analysis.merging import merge
+from delta_analysis.outvoted import discard_rate
 from delta_analysis.patching import patched
 from delta_analysis.proportional import Proportional
 from delta_analysis.pruning import Dare, Magnitude, MagPrune
@@ -32,15 +38,19 @@ from delta_analysis.saving import save_checkpoint
 from delta_analysis.streaming import tally_delta
 from delta_analysis.sweep import SweepError, sweep
 from delta_analysis.tolerance import measure_tolerance
+from delta_analysis.widen import Widen
 
 __all__ = [
+    "Average",
     "Checkpoint",
     "CheckpointError",
     "Classification",
     "Dare",
+    "Della",
     "Delta",
     "Edit",
     "ExactMatch",
+    "Fisher",
     "ForetoldDropRate",
     "HiddenSimilarity",
     "Labelled",
@@ -53,11 +63,18 @@ __all__ = [
     "Proportional",
     "Question",
     "RayExecutor",
+    "RegMean",
+    "Slack",
     "SweepError",
+    "TaskArithmetic",
     "TextPerplexity",
+    "Ties",
+    "Widen",
     "best_methods",
     "damage_summary",
+    "discard_rate",
     "drop_curve",
+    "interference",
     "known_pairs",
     "layer_noise",
     "lead",
@@ -66,6 +83,7 @@ __all__ = [
     "load_questions",
     "magnitude_histogram",
     "measure_tolerance",
+    "merge",
     "open_checkpoint",
     "patched",
     "plots",

@@ -39,6 +39,19 @@ from delta_analysis.claim_measures import (
     tolerances,
     tolerates_more,
 )
+from delta_analysis.claim_merges import (
+    DARE_MERGE,
+    dare_helps,
+    dare_helps_ties_most,
+    della_over,
+    merge_brings,
+    merge_gains,
+    merge_over_tuning,
+    merge_retains,
+    merge_saturates,
+    merge_surpasses,
+    slack_helps,
+)
 from delta_analysis.equivalence import share_of
 from delta_analysis.family import BOTH, SFT
 from delta_analysis.intervals import Interval
@@ -205,5 +218,17 @@ EFFECTS: Mapping[str, Callable[[pd.DataFrame], Interval]] = {
     "decoders-suffer-more": encoders_keep_more_weights,
     "larger-tolerate-more": larger_over_smaller,
     "largest-99": tolerated_by_largest,
+    "merge-gains": merge_gains,
+    "merge-retains": merge_retains,
+    "merge-surpasses": merge_surpasses,
+    "dare-helps-merging": dare_helps,
+    "dare-helps-ties-most": dare_helps_ties_most,
+    "della-over-dare": partial(della_over, way=DARE_MERGE),
+    "della-over-ties": partial(della_over, way="TIES, trimmed"),
+    "della-over-unpruned": partial(della_over, way=DARE_MERGE, dropped=False),
+    "merge-brings-tasks": merge_brings,
+    "merge-over-ct-then-sft": merge_over_tuning,
+    "merge-saturates": merge_saturates,
+    "slack-helps": slack_helps,
 }
-"""The effect of each claim, by its id; claims whose report does not exist yet have none."""
+"""The effect of each claim, by its id."""

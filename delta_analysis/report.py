@@ -30,6 +30,8 @@ from papermill.parameterize import parameterize_notebook
 from delta_analysis.paths import find_root
 
 OVERVIEW = "00_overview"
+MERGES = "08_merging"
+"""Takes two fine-tunes, each with questions of its own: left out of a report on one pair."""
 
 PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -89,6 +91,8 @@ def main() -> None:
 async def build_report(given: dict[str, str], out: Path) -> Path:
     """Run every notebook with the parameters given, write the pages and return the index."""
     notebooks = sorted((find_root() / "notebooks").glob("[0-9]*.ipynb"))
+    if "finetuned" in given:
+        notebooks = [notebook for notebook in notebooks if notebook.stem != MERGES]
     others = [notebook for notebook in notebooks if notebook.stem != OVERVIEW]
     out.mkdir(parents=True, exist_ok=True)
     # Models of unknown size might not fit into memory more than once, and are run on all cores by themselves.

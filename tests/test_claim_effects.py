@@ -314,14 +314,13 @@ def test_results_of_a_pair_of_ones_own_leave_the_family_s_claims_open(tmp_path: 
     # Folders of the family's names do not make it the family.
     results = ablation(older=breaks_at(0.95)).drop(columns="made_by").assign(evaluation="mine")
     save(tmp_path, "02_dare_ablation", results, finetuned="mine/code")
-    save(tmp_path, "08_merging", results, finetuned="mine/code")
     judged = judge(claims.values(), read_results(tmp_path)).set_index("id")
     assert judged.loc["dare-90-decoders", "status"] == "reproduced"
     for name in ("cpt-breaks-dare", "true-base"):
         assert judged.loc[name, "status"] == "cannot tell"
         assert judged.loc[name, "reason"].startswith("no pair made by continual pre-training + SFT in the results of")
     assert judged.loc["dare-90-encoders", "reason"] == "no encoder in the results of 02_dare_ablation"
-    assert judged.loc["merge-gains", "status"] == "cannot tell"
+    assert judged.loc["merge-gains", "reason"] == "no results of 08_merging"
 
 
 def test_the_overview_wants_a_folder_with_results(tmp_path: Path) -> None:

@@ -8,6 +8,14 @@ from delta_analysis.plots.curves import (
     similarity_by_layer,
     tolerance_by_size,
 )
+from delta_analysis.plots.merging import (
+    MERGE_COLOURS,
+    along_trail,
+    conflicts_by_layer,
+    discards_along_trail,
+    merge_curves,
+    merge_dots,
+)
 from delta_analysis.plots.methods import damage_scatter, method_dots, winner_map
 from delta_analysis.plots.noise import (
     damage_by_noise,
@@ -29,12 +37,16 @@ from delta_analysis.plots.style import GREY, METHOD_COLOURS, PALETTE, colours, m
 
 __all__ = [
     "GREY",
+    "MERGE_COLOURS",
     "METHOD_COLOURS",
     "MOST_ANNOTATED",
     "PALETTE",
+    "along_trail",
     "colours",
+    "conflicts_by_layer",
     "damage_by_noise",
     "damage_scatter",
+    "discards_along_trail",
     "drop_curves",
     "factor_curves",
     "foretold_scatter",
@@ -42,6 +54,8 @@ __all__ = [
     "magnitude_histograms",
     "magnitude_quantiles",
     "mark_tolerated",
+    "merge_curves",
+    "merge_dots",
     "method_colours",
     "method_dots",
     "noise_by_layer",

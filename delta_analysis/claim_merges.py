@@ -1,0 +1,138 @@
+"""What the results of 08_merging say about each claim on merges.
+
+As in `claim_effects`, a function takes the results of the report and returns an `Interval`. The DARE merge
+is task arithmetic after DARE; of each way the drop rate and the scaling are those that promised most on the
+questions that chose, and effects are of the questions that judge, paired by question and mask.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from delta_analysis.claim_measures import NotMeasuredError, greatest, least
+from delta_analysis.comparison import difference
+from delta_analysis.curve import outcome_matrix
+from delta_analysis.intervals import MEAN, Interval, kept_interval
+from delta_analysis.merge_scores import SETTING, joined, saturation
+
+DARE_MERGE = "task arithmetic"
+AFTER_DARE = ("average", "task arithmetic", "Fisher", "RegMean", "TIES")
+"""The methods that DARE's paper puts DARE before."""
+
+
+def tasks_of(results: pd.DataFrame) -> list[str]:
+    """The tasks of the fine-tunes that are merged."""
+    return list(dict.fromkeys(results.loc[results["table"] == "merge", "evaluation"]))
+
+
+def chosen(results: pd.DataFrame, way: str, *, dropped: bool) -> pd.DataFrame:
+    """The cells of a way at what promised most, with something dropped before or by it, or with nothing."""
+    rows = results[(results["table"] == "merge") & (results["role"] == "at each drop rate") & (results["way"] == way)]
+    rows = rows[(rows["drop_rate"] > 0) == dropped]
+    if rows.empty:
+        raise NotMeasuredError(f"no merge by {way}")
+    best = rows.loc[rows["promised"].idxmax(), SETTING]
+    return rows[(rows[SETTING] == best).all(axis=1)]
+
+
+def mean_outcomes(results: pd.DataFrame, way: str, *, dropped: bool) -> np.ndarray:
+    """Outcomes over all tasks of a way, (seeds, questions)."""
+    return joined(chosen(results, way, dropped=dropped), tasks_of(results))
+
+
+def specialists(results: pd.DataFrame) -> pd.DataFrame:
+    """The cells of the fine-tunes by themselves, with `own_task`."""
+    rows = results[results["table"] == "single"]
+    return rows[rows["own_task"].notna()]
+
+
+def over_sources(results: pd.DataFrame, *, own: bool) -> list[Interval]:
+    """The DARE merge's accuracy less that of each source, on the source's own task or on each other one."""
+    merge = chosen(results, DARE_MERGE, dropped=True)
+    return [
+        difference(
+            outcome_matrix(merge[merge["evaluation"] == task]), outcome_matrix(source[source["evaluation"] == task])
+        )
+        for _, source in specialists(results).groupby("way", sort=False)
+        for task in tasks_of(results)
+        if (task == source["own_task"].iloc[0]) == own
+    ]
+
+
+def merge_gains(results: pd.DataFrame) -> Interval:
+    return least(over_sources(results, own=False))
+
+
+def merge_surpasses(results: pd.DataFrame) -> Interval:
+    return greatest(over_sources(results, own=True))
+
+
+def merge_retains(results: pd.DataFrame) -> Interval:
+    merge = chosen(results, DARE_MERGE, dropped=True)
+    shares = []
+    for _, source in specialists(results).groupby("way", sort=False):
+        task = source["own_task"].iloc[0]
+        both = (outcome_matrix(rows[rows["evaluation"] == task]) for rows in (merge, source))
+        shares.append(kept_interval(MEAN, *both))
+    return least(shares)
+
+
+def dare_helps(results: pd.DataFrame) -> Interval:
+    """The gain by DARE, the mean over merge methods."""
+    with_dare, without = (
+        np.mean([mean_outcomes(results, way, dropped=dropped) for way in AFTER_DARE], axis=0)
+        for dropped in (True, False)
+    )
+    return difference(with_dare, without)
+
+
+def dare_helps_ties_most(results: pd.DataFrame) -> Interval:
+    """The gain by DARE with TIES less that with the next best method."""
+    pairs = {way: [mean_outcomes(results, way, dropped=dropped) for dropped in (True, False)] for way in AFTER_DARE}
+    gains = {way: float(after.mean() - before.mean()) for way, (after, before) in pairs.items() if way != "TIES"}
+    after, before = pairs["TIES"]
+    other_after, other_before = pairs[max(gains, key=lambda way: gains[way])]
+    return difference(after + other_before, before + other_after)
+
+
+def della_over(results: pd.DataFrame, way: str, *, dropped: bool = True) -> Interval:
+    return difference(
+        mean_outcomes(results, "DELLA", dropped=True),
+        mean_outcomes(results, way, dropped=dropped),
+    )
+
+
+def on_trail(results: pd.DataFrame, way: str) -> dict[int, np.ndarray]:
+    """Steps -> outcomes of a way on the new domain, with the first fine-tune; least first."""
+    rows = results[results["table"] == "trail"]
+    if rows.empty:
+        raise NotMeasuredError("no continually pre-trained model")
+    rows = rows[(rows["fine_tune"] == rows["fine_tune"].iloc[0]) & (rows["way"] == way)]
+    new = rows[~rows["evaluation"].isin(tasks_of(results))]
+    if new.empty:
+        raise NotMeasuredError(f"no model {way}")
+    return {int(steps): outcome_matrix(group) for steps, group in new.groupby("steps")}
+
+
+def merge_brings(results: pd.DataFrame) -> Interval:
+    merged, alone = (on_trail(results, way) for way in ("task arithmetic", "before merging"))
+    return difference(merged[max(merged)], alone[max(alone)])
+
+
+def merge_over_tuning(results: pd.DataFrame) -> Interval:
+    """Merging less fine-tuning afterwards, at the least continual pre-training that has both."""
+    merged, tuned = (on_trail(results, way) for way in ("task arithmetic", "fine-tuned afterwards"))
+    return difference(merged[min(tuned)], tuned[min(tuned)])
+
+
+def merge_saturates(results: pd.DataFrame) -> Interval:
+    merged = on_trail(results, "task arithmetic")
+    if len(merged) < 3:
+        raise NotMeasuredError("fewer than three models on the way of continual pre-training")
+    return saturation(merged).change
+
+
+def slack_helps(results: pd.DataFrame) -> Interval:
+    slack, plain = (on_trail(results, way) for way in ("slack 1", "TIES, sum"))
+    return difference(slack[max(slack)], plain[max(plain)])

@@ -1,0 +1,131 @@
+"""A merge as an edit of a pair: in place of the fine-tune's delta comes its merge with others, in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from threading import Lock
+
+import torch
+
+from delta_analysis.delta import load_delta
+from delta_analysis.editable import Pair, editable_shapes, finetuned_model
+from delta_analysis.evaluate.texts import token_batches
+from delta_analysis.merge_methods import MergeMethod, Statistic
+from delta_analysis.merge_statistics import gather
+from delta_analysis.merge_tensors import Merger, Tensors, merge_label
+from delta_analysis.provenance import content_hash
+from delta_analysis.pruning import Prune, Pruner
+from delta_analysis.rescaling import Rescale
+
+
+@dataclass(frozen=True)
+class MergeSource:
+    """A delta that takes part in a merge.
+
+    Attributes
+    ----------
+    base, finetuned : sources as `load_delta` takes them.
+    hashes : of both, which tell equal content apart from equal names.
+    texts : what the model is for, for methods that need data.
+    """
+
+    base: str = field(metadata={"speed": True}, repr=False)
+    finetuned: str = field(metadata={"speed": True})
+    hashes: tuple[str, str] = field(repr=False)
+    texts: tuple[str, ...] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Merging:
+    """Called as a pruner of a pair's delta in a sweep, it gives the delta's merge with others.
+
+    Its drop rate is that of the pruner, or else that of the method's own trimming; its rescale is the
+    method's scaling.
+
+    Attributes
+    ----------
+    sources : all deltas that are merged; the first is the pair's own.
+    by : the merge method.
+    prune : applied to each delta before, or None.
+    weights : one a delta; empty for 1 each.
+    """
+
+    sources: tuple[MergeSource, ...]
+    by: MergeMethod
+    prune: Pruner | None = None
+    weights: tuple[float, ...] = ()
+    scope: str = field(default="model", init=False)
+
+    @property
+    def drop_rate(self) -> float:
+        pruner = self.prune or self.by.trim
+        return 0.0 if pruner is None else pruner.drop_rate
+
+    @property
+    def rescale(self) -> Rescale:
+        return self.by.scaling
+
+    @property
+    def method(self) -> str:
+        """What tables and figures call it."""
+        return merge_label(self.by, [self.prune])
+
+    @property
+    def random(self) -> bool:
+        """Whether seeds make a difference."""
+        return any(each is not None and each.random for each in (self.prune, self.by.trim))
+
+    def __call__(self, tensor: torch.Tensor, *, name: str, seed: int) -> torch.Tensor:
+        raise ValueError(f"a merge reads all deltas, and {name!r} is a tensor of one; use it in a sweep")
+
+    def over(self, tensors: Mapping[str, torch.Tensor], seed: int) -> Prune:
+        """The merge of the pair's delta with the others."""
+        first, *others = self.sources
+        deltas: Sequence[Tensors] = [tensors, *(_tensors(each)[0] for each in others)]
+        needed = self.by.statistic
+        statistics = [_statistics(needed, each) for each in self.sources] if needed else []
+        base = _tensors(first)[1]
+        pruners = [self.prune] * len(deltas)
+        merger = Merger(
+            base.__getitem__, deltas, self.by, pruners, self.weights or (1.0,) * len(deltas), seed, statistics
+        )
+        return lambda tensor, *, name, seed: merger(name)
+
+
+def merge_source(pair: Pair, texts: Sequence[str] = ()) -> MergeSource:
+    """A pair's delta as a part of a merge."""
+    assert pair.base is not None
+    return MergeSource(pair.base, pair.finetuned, (content_hash(pair.base), content_hash(pair.finetuned)), tuple(texts))
+
+
+_gathering = Lock()
+
+
+@lru_cache(maxsize=16)
+def _tensors(source: MergeSource) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The delta and the base, in memory."""
+    delta = load_delta(base=source.base, finetuned=source.finetuned)
+    read = {name: delta.read(name) for name in editable_shapes(delta)}
+    return {name: own for name, (own, _) in read.items()}, {
+        n: base for n, (_, base) in read.items() if base is not None
+    }
+
+
+def _statistics(statistic: Statistic, source: MergeSource) -> Tensors:
+    # One thread at a time, so that two do not gather the same.
+    with _gathering:
+        return _gathered(statistic, source)
+
+
+@lru_cache(maxsize=16)
+def _gathered(statistic: Statistic, source: MergeSource) -> Tensors:
+    delta = load_delta(base=source.base, finetuned=source.finetuned)
+    model, tokenizer = finetuned_model(delta)
+    batches = token_batches(source.texts, model, tokenizer)
+    return gather(
+        statistic,  # type: ignore[arg-type]
+        delta,
+        [{"input_ids": batch.ids, "attention_mask": batch.mask} for batch in batches],
+    )
