@@ -14,10 +14,10 @@ from threading import Barrier, Lock
 from types import ModuleType
 from typing import TypeVar
 
-import numpy as np
 import torch
 
 from delta_analysis import kernels, torch_kernels
+from delta_analysis.memory import uninitialised
 
 Result = TypeVar("Result")
 BLOCK = 2**18
@@ -85,7 +85,7 @@ def new_tensor(
     dtypes: Sequence[torch.dtype] = (torch.float32,),
 ) -> torch.Tensor:
     """A tensor of the same shape and dtype, of which `work(values, start, out)` fills each block."""
-    result = _empty_like(tensor)
+    result = uninitialised(tensor.shape, tensor.dtype, tensor.device)
     flat = result.view(-1)
 
     def fill(values: torch.Tensor, start: int) -> None:
@@ -97,14 +97,6 @@ def new_tensor(
 
     map_blocks(tensor, fill, multiple=multiple, block=block, dtypes=dtypes)
     return result
-
-
-def _empty_like(tensor: torch.Tensor) -> torch.Tensor:
-    if tensor.device.type != "cpu" or not tensor.numel():
-        return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-    # numpy asks for huge pages, so that a large result costs few page faults.
-    memory = np.empty(tensor.numel() * tensor.element_size(), dtype=np.uint8)
-    return torch.from_numpy(memory).view(tensor.dtype).view(tensor.shape)
 
 
 def thread_pool(threads: int) -> ThreadPoolExecutor:

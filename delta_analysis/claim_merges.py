@@ -13,12 +13,12 @@ import pandas as pd
 from delta_analysis.claim_measures import NotMeasuredError, greatest, least
 from delta_analysis.comparison import difference
 from delta_analysis.curve import outcome_matrix
+from delta_analysis.factors import halves
 from delta_analysis.intervals import MEAN, Interval, kept_interval
-from delta_analysis.merge_scores import SETTING, joined, saturation
+from delta_analysis.merge_scores import SETTING, joined, saturation, trail_outcomes
+from delta_analysis.merge_ways import AFTER_DARE, AFTERWARDS, BEFORE, DELLA, ELECTED, SLACKS, SUM, slack_way
 
-DARE_MERGE = "task arithmetic"
-AFTER_DARE = ("average", "task arithmetic", "Fisher", "RegMean", "TIES")
-"""The methods that DARE's paper puts DARE before."""
+DARE_MERGE = SUM
 
 
 def tasks_of(results: pd.DataFrame) -> list[str]:
@@ -69,13 +69,11 @@ def merge_surpasses(results: pd.DataFrame) -> Interval:
 
 
 def merge_retains(results: pd.DataFrame) -> Interval:
-    merge = chosen(results, DARE_MERGE, dropped=True)
-    shares = []
-    for _, source in specialists(results).groupby("way", sort=False):
-        task = source["own_task"].iloc[0]
-        both = (outcome_matrix(rows[rows["evaluation"] == task]) for rows in (merge, source))
-        shares.append(kept_interval(MEAN, *both))
-    return least(shares)
+    """The share that the first source keeps on its own task."""
+    merge, sources = chosen(results, DARE_MERGE, dropped=True), specialists(results)
+    first = sources[sources["way"] == sources["way"].iloc[0]]
+    task = first["own_task"].iloc[0]
+    return kept_interval(MEAN, *(outcome_matrix(rows[rows["evaluation"] == task]) for rows in (merge, first)))
 
 
 def dare_helps(results: pd.DataFrame) -> Interval:
@@ -88,17 +86,15 @@ def dare_helps(results: pd.DataFrame) -> Interval:
 
 
 def dare_helps_ties_most(results: pd.DataFrame) -> Interval:
-    """The gain by DARE with TIES less that with the next best method."""
-    pairs = {way: [mean_outcomes(results, way, dropped=dropped) for dropped in (True, False)] for way in AFTER_DARE}
-    gains = {way: float(after.mean() - before.mean()) for way, (after, before) in pairs.items() if way != "TIES"}
-    after, before = pairs["TIES"]
-    other_after, other_before = pairs[max(gains, key=lambda way: gains[way])]
-    return difference(after + other_before, before + other_after)
+    """The gain by DARE with TIES less that with each other method, the least."""
+    gained = {way: [mean_outcomes(results, way, dropped=dropped) for dropped in (True, False)] for way in AFTER_DARE}
+    after, before = gained.pop("TIES")
+    return least(difference(after + plain, before + dared) for dared, plain in gained.values())
 
 
 def della_over(results: pd.DataFrame, way: str, *, dropped: bool = True) -> Interval:
     return difference(
-        mean_outcomes(results, "DELLA", dropped=True),
+        mean_outcomes(results, DELLA, dropped=True),
         mean_outcomes(results, way, dropped=dropped),
     )
 
@@ -108,31 +104,37 @@ def on_trail(results: pd.DataFrame, way: str) -> dict[int, np.ndarray]:
     rows = results[results["table"] == "trail"]
     if rows.empty:
         raise NotMeasuredError("no continually pre-trained model")
-    rows = rows[(rows["fine_tune"] == rows["fine_tune"].iloc[0]) & (rows["way"] == way)]
-    new = rows[~rows["evaluation"].isin(tasks_of(results))]
-    if new.empty:
+    new = rows.loc[~rows["evaluation"].isin(tasks_of(results)), "evaluation"].iloc[0]
+    found = trail_outcomes(rows, way, new, rows["fine_tune"].iloc[0])
+    if not found:
         raise NotMeasuredError(f"no model {way}")
-    return {int(steps): outcome_matrix(group) for steps, group in new.groupby("steps")}
+    return found
 
 
 def merge_brings(results: pd.DataFrame) -> Interval:
-    merged, alone = (on_trail(results, way) for way in ("task arithmetic", "before merging"))
+    merged, alone = (on_trail(results, way) for way in (SUM, BEFORE))
     return difference(merged[max(merged)], alone[max(alone)])
 
 
 def merge_over_tuning(results: pd.DataFrame) -> Interval:
     """Merging less fine-tuning afterwards, at the least continual pre-training that has both."""
-    merged, tuned = (on_trail(results, way) for way in ("task arithmetic", "fine-tuned afterwards"))
+    merged, tuned = (on_trail(results, way) for way in (SUM, AFTERWARDS))
     return difference(merged[min(tuned)], tuned[min(tuned)])
 
 
 def merge_saturates(results: pd.DataFrame) -> Interval:
-    merged = on_trail(results, "task arithmetic")
-    if len(merged) < 3:
-        raise NotMeasuredError("fewer than three models on the way of continual pre-training")
-    return saturation(merged).change
+    """The last stop, after the decay of the learning rate, is left out."""
+    merged = on_trail(results, SUM)
+    before_decay = {steps: outcomes for steps, outcomes in merged.items() if steps < max(merged)}
+    if len(before_decay) < 3:
+        raise NotMeasuredError("fewer than four models on the way of continual pre-training")
+    return saturation(before_decay).change
 
 
 def slack_helps(results: pd.DataFrame) -> Interval:
-    slack, plain = (on_trail(results, way) for way in ("slack 1", "TIES, sum"))
-    return difference(slack[max(slack)], plain[max(plain)])
+    """At the end, with the slack that is best on one half of the questions; on the other half."""
+    ends = {way: found[max(found)] for way in map(slack_way, SLACKS) for found in [on_trail(results, way)]}
+    plain = on_trail(results, ELECTED)
+    choosing, judging = halves(plain[max(plain)].shape[1])
+    best = max(ends, key=lambda way: ends[way][:, choosing].mean())
+    return difference(ends[best][:, judging], plain[max(plain)][:, judging])

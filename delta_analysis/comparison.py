@@ -45,12 +45,13 @@ def lead(cells: pd.DataFrame, method: str, other: str) -> Interval:
     return Interval(value, value - half, value + half)
 
 
-def difference(one: np.ndarray, other: np.ndarray) -> Interval:
+def difference(one: np.ndarray, other: np.ndarray, *, looks: int = 1) -> Interval:
     """How much larger the mean of one's outcomes is than the other's, with its 95% interval.
 
     Both are (seeds, items), of the same items and, where both have several, the same seeds; a single row is
     an outcome that no seed changes. The half width is the root of the sum of two squares: 1.96 standard
-    errors over items, and Student's t times the standard error over seeds.
+    errors over items, and Student's t times the standard error over seeds. With several `looks`, of which it
+    is counted how many are clear, all intervals together hold with 95% (Bonferroni).
 
     Examples
     --------
@@ -59,9 +60,10 @@ def difference(one: np.ndarray, other: np.ndarray) -> Interval:
     """
     by_item = one.mean(axis=0) - other.mean(axis=0)
     by_seed = one.mean(axis=1) - other.mean(axis=1)
-    half = NORMAL * by_item.std(ddof=1) / np.sqrt(len(by_item))
+    upper = 1 - (1 - UPPER) / looks
+    half = stats.norm.ppf(upper) * by_item.std(ddof=1) / np.sqrt(len(by_item))
     if len(by_seed) > 1:
-        over_seeds = stats.t.ppf(UPPER, len(by_seed) - 1) * by_seed.std(ddof=1) / np.sqrt(len(by_seed))
+        over_seeds = stats.t.ppf(upper, len(by_seed) - 1) * by_seed.std(ddof=1) / np.sqrt(len(by_seed))
         half = np.hypot(half, over_seeds)
     value = float(by_item.mean())
     return Interval(value, value - float(half), value + float(half))

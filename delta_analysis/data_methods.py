@@ -49,8 +49,12 @@ class Fisher:
         if not _is_number(self.floor) or self.floor <= 0:
             raise ValueError(f"floor must be a finite number above 0, in units of the mean; not {self.floor!r}")
 
+    def check(self, weights: tuple[float, ...]) -> None:
+        """Raise if the weights are not those of a mean."""
+        _check_weights(weights)
+
     def __call__(self, parts: Parts) -> torch.Tensor:
-        _check_weights(parts)
+        _check_weights(parts.weights)
         statistics = parts.statistics or ()
         mean = sum(float(each.mean(dtype=torch.float64)) for each in statistics) / max(len(statistics), 1)
         if not mean:
@@ -117,17 +121,21 @@ class RegMean:
         if not _is_number(self.ridge) or self.ridge < 0:
             raise ValueError(f"ridge must be a finite number of at least 0; not {self.ridge!r}")
 
+    def check(self, weights: tuple[float, ...]) -> None:
+        """Raise if the weights are not those of a mean."""
+        _check_weights(weights)
+
     def __call__(self, parts: Parts) -> torch.Tensor:
-        _check_weights(parts)
+        _check_weights(parts.weights)
         statistics = parts.statistics or ()
         matrices = [each.double().view(each.shape[-1], each.shape[-1]) for each in statistics]
         level = sum(float(each.diagonal().mean()) for each in matrices) / max(len(matrices), 1)
         if not level:
             return weighted_mean(parts).mul_(self.scaling)
         # The statistic has the axes of the weight, 1 long for the outputs.
-        transposed = statistics[0].shape[:2] != (1, parts.base.shape[1])
+        transposed = statistics[0].shape[:2] != (1, parts.deltas[0].shape[1])
         left = torch.zeros_like(matrices[0])
-        right = torch.zeros(len(left), parts.base.numel() // len(left), dtype=torch.float64)
+        right = torch.zeros(len(left), parts.deltas[0].numel() // len(left), dtype=torch.float64)
         for matrix, delta, weight in zip(matrices, parts.deltas, parts.weights, strict=True):
             columns = (delta if transposed else delta.T).double()
             added = (1 - self.shrink) * matrix.diagonal() + self.ridge * level
@@ -150,12 +158,9 @@ def _solve(left: torch.Tensor, right: torch.Tensor, name: str) -> torch.Tensor:
     return torch.cholesky_solve(right, factor)
 
 
-def _check_weights(parts: Parts) -> None:
-    if min(parts.weights) < 0 or not sum(parts.weights):
-        raise ValueError(
-            f"tensor {parts.name!r}: weights {parts.weights}; a mean weighted by data needs weights of at least 0, "
-            "not all of them 0"
-        )
+def _check_weights(weights: tuple[float, ...]) -> None:
+    if min(weights) < 0 or not sum(weights):
+        raise ValueError(f"weights {weights}: a mean weighted by data needs weights of at least 0, not all of them 0")
 
 
 def _is_number(value: object) -> bool:

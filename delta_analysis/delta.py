@@ -14,10 +14,12 @@ import torch
 from delta_analysis._errors import NotHomologousError
 from delta_analysis.adapter import STORED_WHOLE
 from delta_analysis.alignment import COMPARED, Match, Vocabulary, align, coverage_table
+from delta_analysis.blocks import map_blocks
 from delta_analysis.checkpoint import Checkpoint, Source, open_checkpoint
 from delta_analysis.configuration import config_differences
 from delta_analysis.entry import Entry, Stored
 from delta_analysis.known_pairs import PREFIX, pair_sources
+from delta_analysis.memory import to_float32, uninitialised
 from delta_analysis.pruning import Prune, Pruner, prepared
 
 SAMPLED_TENSORS, SAMPLED_ENTRIES = 5, 2**16
@@ -65,13 +67,15 @@ class Delta(Mapping[str, torch.Tensor]):
     def read(self, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The delta's tensor and the base's, both float32, each side read once; None without a base."""
         match = self.compared[name]
-        sides = (match.finetuned, match.base)
-        finetuned, base = (None if side is None else side.read().to(torch.float32) for side in sides)
-        assert finetuned is not None
-        tensor = finetuned if base is None or self.finetuned.is_difference else finetuned - base
+        assert match.finetuned is not None
+        tensor, base = match.finetuned.read(), None if match.base is None else match.base.read()
+        if base is None or self.finetuned.is_difference:
+            tensor = to_float32(tensor)
+        else:
+            tensor = _difference(tensor, base)
         for prune, seed in self._prunes:
             tensor = prune(tensor, name=name, seed=seed)
-        return tensor, base
+        return tensor, None if base is None else to_float32(base)
 
     @cached_property
     def _prunes(self) -> tuple[tuple[Prune, int], ...]:
@@ -233,6 +237,19 @@ def _size(entry: Entry | None) -> float:
     else:
         values = entry.read().reshape(-1)[:SAMPLED_ENTRIES] if entry is not None else torch.zeros(1)
     return float(values.to(torch.float64).square().mean().sqrt().nan_to_num(nan=0.0))
+
+
+def _difference(finetuned: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+    """`float32(finetuned) - float32(base)`, neither of them as a whole in float32."""
+    result = uninitialised(base.shape, torch.float32, base.device)
+    flat, out = finetuned.reshape(-1), result.view(-1)
+
+    def subtract(values: torch.Tensor, start: int) -> None:
+        place = slice(start, start + values.numel())
+        torch.sub(flat[place].to(torch.float32), values, out=out[place])
+
+    map_blocks(base, subtract)
+    return result
 
 
 def drop_summary(name: str, before: torch.Tensor, after: torch.Tensor) -> dict[str, object]:

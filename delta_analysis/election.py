@@ -49,6 +49,11 @@ class Slack:
                 raise ValueError(f"{name} must be a number of at least 0; not {value!r}")
             object.__setattr__(self, name, float(value))
 
+    def check(self, count: int) -> None:
+        """Raise unless the protected delta is one of so many."""
+        if self.protected >= count:
+            raise ValueError(f"slack protects delta {self.protected} (from 0), and there are {count}")
+
     @property
     def label(self) -> str:
         """What tables and figures call it."""
@@ -81,11 +86,11 @@ def elected(
     ----------
     deltas : float32 on the CPU, of one shape.
     weights : one a delta.
-    fuse : `"mean"`, over the weights of the entries that count, or `"sum"`.
+    fuse : `"mean"`, over the sizes |w_k| of the weights of the entries that count, or `"sum"`.
     """
     protected, relative, absolute = NO_SLACK if slack is None else (slack.protected, slack.relative, slack.absolute)
-    if protected >= len(deltas):
-        raise ValueError(f"slack protects delta {protected} (from 0), and there are {len(deltas)}")
+    if slack is not None:
+        slack.check(len(deltas))
     flat = [delta.detach().reshape(-1) for delta in deltas]
     shares = np.array(weights, dtype=np.float64)
 
@@ -117,7 +122,7 @@ def _elect(votes, weights, scaling, elect, mean, protected, factor, absolute, ou
             vote = weights[k] * np.float64(votes[k, i])
             counts = (vote * sign[i] > 0) if elect else (vote != 0)
             fused[i] += vote if counts else 0.0
-            whole[i] += weights[k] if counts else 0.0
+            whole[i] += abs(weights[k]) if counts else 0.0
     for i in range(out.size):
         value = scaling * (fused[i] / whole[i] if mean and whole[i] != 0 else fused[i])
         out[i] = np.float32(value if total[i] == total[i] else total[i])

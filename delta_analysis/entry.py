@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 
 from delta_analysis._errors import CheckpointError
+from delta_analysis.memory import uninitialised
 
 
 class Entry(Protocol):
@@ -65,7 +66,7 @@ class Stored:
 
     def piece(self, start: int, stop: int) -> torch.Tensor:
         """The entries from `start` to `stop` as they lie in the file, flat."""
-        out = torch.empty(stop - start, dtype=self.dtype)
+        out = uninitialised((stop - start,), self.dtype)
         with self.open() as file:
             self.read_into(file, out, start)
         return out

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from threading import Lock
 
@@ -36,6 +36,10 @@ class MergeSource:
     hashes: tuple[str, str] = field(repr=False)
     texts: tuple[str, ...] = field(repr=False)
 
+    def without_texts(self) -> MergeSource:
+        """The same delta for methods that need no data."""
+        return replace(self, texts=())
+
 
 @dataclass(frozen=True)
 class Merging:
@@ -50,6 +54,12 @@ class Merging:
     by : the merge method.
     prune : applied to each delta before, or None.
     weights : one a delta; empty for 1 each.
+
+    Raises
+    ------
+    ValueError
+        Weights that are not as many as the sources. In a sweep: a delta of the sources that changes a tensor
+        which the pair's own does not have.
     """
 
     sources: tuple[MergeSource, ...]
@@ -57,6 +67,12 @@ class Merging:
     prune: Pruner | None = None
     weights: tuple[float, ...] = ()
     scope: str = field(default="model", init=False)
+
+    def __post_init__(self) -> None:
+        if self.weights and len(self.weights) != len(self.sources):
+            raise ValueError(
+                f"weights: {len(self.weights)} are given for {len(self.sources)} deltas; give one for each"
+            )
 
     @property
     def drop_rate(self) -> float:
@@ -75,22 +91,33 @@ class Merging:
     @property
     def random(self) -> bool:
         """Whether seeds make a difference."""
-        return any(each is not None and each.random for each in (self.prune, self.by.trim))
+        # The labels that Fisher information rests on are drawn.
+        drawn = self.by.statistic == "fisher"
+        return drawn or any(each is not None and each.random for each in (self.prune, self.by.trim))
 
     def __call__(self, tensor: torch.Tensor, *, name: str, seed: int) -> torch.Tensor:
         raise ValueError(f"a merge reads all deltas, and {name!r} is a tensor of one; use it in a sweep")
 
     def over(self, tensors: Mapping[str, torch.Tensor], seed: int) -> Prune:
         """The merge of the pair's delta with the others."""
-        first, *others = self.sources
-        deltas: Sequence[Tensors] = [tensors, *(_tensors(each)[0] for each in others)]
-        needed = self.by.statistic
-        statistics = [_statistics(needed, each) for each in self.sources] if needed else []
-        base = _tensors(first)[1]
-        pruners = [self.prune] * len(deltas)
-        merger = Merger(
-            base.__getitem__, deltas, self.by, pruners, self.weights or (1.0,) * len(deltas), seed, statistics
-        )
+        first, *others = (source.without_texts() for source in self.sources)
+        own, deltas = _names(first), [tensors]
+        for source in others:
+            other = _tensors(source)
+            if beyond := [name for name in other if name not in own]:
+                raise ValueError(
+                    f"{source.finetuned}: changes {beyond[0]!r}, which {first.finetuned} leaves alone; "
+                    "take a pair that changes all tensors for the first"
+                )
+            # Of an edit's scope, as the pair's own.
+            deltas.append({name: other[name] for name in tensors if name in other})
+        needed, count = self.by.statistic, len(deltas)
+        statistics = [_statistics(needed, each, seed) for each in self.sources] if needed else []
+
+        def base(name: str) -> torch.Tensor:
+            return _base(first)[name]
+
+        merger = Merger(base, deltas, self.by, [self.prune] * count, self.weights or (1.0,) * count, seed, statistics)
         return lambda tensor, *, name, seed: merger(name)
 
 
@@ -103,24 +130,35 @@ def merge_source(pair: Pair, texts: Sequence[str] = ()) -> MergeSource:
 _gathering = Lock()
 
 
-@lru_cache(maxsize=16)
-def _tensors(source: MergeSource) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """The delta and the base, in memory."""
+@lru_cache(maxsize=4)
+def _tensors(source: MergeSource) -> dict[str, torch.Tensor]:
+    """The delta, in memory."""
     delta = load_delta(base=source.base, finetuned=source.finetuned)
-    read = {name: delta.read(name) for name in editable_shapes(delta)}
-    return {name: own for name, (own, _) in read.items()}, {
-        n: base for n, (_, base) in read.items() if base is not None
-    }
+    return {name: delta[name] for name in editable_shapes(delta)}
 
 
-def _statistics(statistic: Statistic, source: MergeSource) -> Tensors:
+@lru_cache(maxsize=1)
+def _base(source: MergeSource) -> dict[str, torch.Tensor]:
+    """The base, in memory."""
+    delta = load_delta(base=source.base, finetuned=source.finetuned)
+    read = {name: delta.read(name)[1] for name in editable_shapes(delta)}
+    return {name: base for name, base in read.items() if base is not None}
+
+
+@lru_cache(maxsize=64)
+def _names(source: MergeSource) -> frozenset[str]:
+    """The tensors that the delta changes."""
+    return frozenset(editable_shapes(load_delta(base=source.base, finetuned=source.finetuned)))
+
+
+def _statistics(statistic: Statistic, source: MergeSource, seed: int) -> Tensors:
     # One thread at a time, so that two do not gather the same.
     with _gathering:
-        return _gathered(statistic, source)
+        return _gathered(statistic, source, seed if statistic == "fisher" else 0)
 
 
 @lru_cache(maxsize=16)
-def _gathered(statistic: Statistic, source: MergeSource) -> Tensors:
+def _gathered(statistic: Statistic, source: MergeSource, seed: int) -> Tensors:
     delta = load_delta(base=source.base, finetuned=source.finetuned)
     model, tokenizer = finetuned_model(delta)
     batches = token_batches(source.texts, model, tokenizer)
@@ -128,4 +166,5 @@ def _gathered(statistic: Statistic, source: MergeSource) -> Tensors:
         statistic,  # type: ignore[arg-type]
         delta,
         [{"input_ids": batch.ids, "attention_mask": batch.mask} for batch in batches],
+        seed=seed,
     )

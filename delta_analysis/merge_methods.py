@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 
@@ -26,14 +26,14 @@ class Parts(NamedTuple):
     name : of the tensor.
     deltas : float32, all of one shape, pruned and trimmed already.
     weights : one a delta.
-    base : the base's tensor, float32.
+    base : the base's tensor, float32; None unless the method `ReadsBase`.
     statistics : one a delta, None where the method needs none or the data said nothing of this tensor.
     """
 
     name: str
     deltas: tuple[torch.Tensor, ...]
     weights: tuple[float, ...]
-    base: torch.Tensor
+    base: torch.Tensor | None = None
     statistics: tuple[torch.Tensor, ...] | None = None
 
 
@@ -52,7 +52,19 @@ class MergeMethod(Protocol):
     def trim(self) -> Pruner | None: ...
     @property
     def statistic(self) -> Statistic: ...
+    def check(self, weights: tuple[float, ...]) -> None:
+        """Raise a `ValueError` if deltas of these weights, as many, cannot be merged so."""
+        ...
+
     def __call__(self, parts: Parts) -> torch.Tensor: ...
+
+
+@runtime_checkable
+class ReadsBase(Protocol):
+    """A method that looks at the base's weights too; for the others these are not read."""
+
+    @property
+    def reads_base(self) -> Literal[True]: ...
 
 
 @dataclass(frozen=True)
@@ -84,6 +96,10 @@ class Average:
 
     def __post_init__(self) -> None:
         check_scaling(self)
+
+    def check(self, weights: tuple[float, ...]) -> None:
+        """Raise if the weights have no mean."""
+        check_mean(weights)
 
     def __call__(self, parts: Parts) -> torch.Tensor:
         return weighted_mean(parts).mul_(self.scaling)
@@ -118,6 +134,9 @@ class TaskArithmetic:
 
     def __post_init__(self) -> None:
         check_scaling(self)
+
+    def check(self, weights: tuple[float, ...]) -> None:
+        """Any weights will do."""
 
     def __call__(self, parts: Parts) -> torch.Tensor:
         return weighted_sum(parts.deltas, parts.weights).mul_(self.scaling)
@@ -181,6 +200,11 @@ class Ties:
         """What drops entries before the election."""
         return Magnitude(self.drop_rate, self.scope) if self.drop_rate else None
 
+    def check(self, weights: tuple[float, ...]) -> None:
+        """Raise if the slack protects a delta that is not there."""
+        if self.slack is not None:
+            self.slack.check(len(weights))
+
     def __call__(self, parts: Parts) -> torch.Tensor:
         return elected(parts.deltas, parts.weights, scaling=self.scaling, slack=self.slack, fuse=self.fuse)
 
@@ -238,6 +262,9 @@ class Della:
         """What drops entries before the election."""
         return MagPrune(self.drop_rate, self.window, self.rank) if self.drop_rate else None
 
+    def check(self, weights: tuple[float, ...]) -> None:
+        """Any weights will do."""
+
     def __call__(self, parts: Parts) -> torch.Tensor:
         return elected(parts.deltas, parts.weights, scaling=self.scaling, elect=self.elect)
 
@@ -252,10 +279,15 @@ def weighted_sum(deltas: Sequence[torch.Tensor], weights: Sequence[float]) -> to
 
 def weighted_mean(parts: Parts) -> torch.Tensor:
     """`Σ w_k δ_k / Σ w_k`, a new tensor."""
+    check_mean(parts.weights)
     whole = sum(parts.weights)
-    if not whole:
-        raise ValueError(f"tensor {parts.name!r}: weights {parts.weights} sum to 0, so that there is no mean")
     return weighted_sum(parts.deltas, [weight / whole for weight in parts.weights])
+
+
+def check_mean(weights: tuple[float, ...]) -> None:
+    """Raise unless the weights have a sum to divide by."""
+    if not sum(weights):
+        raise ValueError(f"weights {weights} sum to 0, so that there is no mean")
 
 
 def check_scaling(method: MergeMethod) -> None:

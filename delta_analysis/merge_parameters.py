@@ -102,8 +102,12 @@ class MergeParameters:
             raise ParameterError(
                 lacking, "is empty; give a continually pre-trained model and its questions, or neither"
             )
-        if prefixed := next((each for each in (self.base, *sources, self.continued) if each.startswith(PREFIX)), ""):
-            raise ParameterError("finetuned", f"{prefixed!r} names two models; give base and fine-tunes by themselves")
+        for parameter in ("base", "finetuned", "continued"):
+            for source in map(str.strip, getattr(self, parameter).split(",")):
+                if source.startswith(PREFIX):
+                    raise ParameterError(
+                        parameter, f"{source!r} names two models; give base and fine-tunes by themselves"
+                    )
         object.__setattr__(self, "base", _found(self.base))
         object.__setattr__(self, "finetuned", ",".join(map(_found, sources)))
         object.__setattr__(self, "continued", self.continued and _found(self.continued))
@@ -115,7 +119,7 @@ class MergeParameters:
                     check_model(self.base, source)
                     deltas.append(load_delta(base=self.base, finetuned=source))
                 except ParameterError as error:
-                    raise ParameterError(parameter, str(error).split(": ", 1)[1]) from error
+                    raise _as_of(parameter, error, but=("base",)) from error
         names = [relation.name for relation in self.relations()] + [stop.pair.name for stop in self.stops()]
         if twice := next((name for name in names if names.count(name) > 1), ""):
             raise ParameterError(
@@ -125,6 +129,14 @@ class MergeParameters:
             check_mergeable(self.base, deltas)
         except ValueError as error:
             raise ParameterError("finetuned", error) from error
+        # A sweep edits the tensors of a merge's first delta.
+        for parameter, first in [("finetuned", deltas[0]), *(("continued", each) for each in deltas[len(sources) :])]:
+            if beyond := [name for delta in deltas for name in delta if name not in first]:
+                raise ParameterError(
+                    parameter,
+                    f"{first.finetuned.source} leaves {beyond[0]!r} alone, which another one changes; "
+                    "an adapter may come second, after a model that changes all tensors",
+                )
 
     @property
     def embedded(self) -> bool:
@@ -168,23 +180,27 @@ class MergeParameters:
 
     def evaluations(self) -> dict[str, ExactMatch]:
         """Name of each task -> its questions: of the fine-tunes in their order, and of the continued model last."""
-        tasks = {relation.task: "evaluation" for relation in self.relations()}
-        new = "code" if self.embedded else self.continued_evaluation
-        found = {}
-        for task, parameter in {**tasks, **({new: "continued_evaluation"} if new else {})}.items():
-            chosen = choose_evaluation(task, self.n_questions, chat_template=self.chat_template)
+        named = [(relation.task, "evaluation") for relation in self.relations()]
+        if new := "code" if self.embedded else self.continued_evaluation:
+            named.append((new, "continued_evaluation"))
+        found: dict[str, ExactMatch] = {}
+        for task, parameter in named:
+            try:
+                chosen = choose_evaluation(task, self.n_questions, chat_template=self.chat_template)
+            except ParameterError as error:
+                raise _as_of(parameter, error) from error
             if not isinstance(chosen, ExactMatch):
                 raise ParameterError(
                     parameter, f"{task!r} holds no questions; merges are judged by answers to questions"
                 )
             if len(chosen.questions) < 4:
                 raise ParameterError(parameter, f"{task!r} holds {len(chosen.questions)} questions; give at least 4")
-            found[task] = chosen
-        if len({each.name for each in found.values()}) < len(found) or len(tasks) < len(self.relations()):
-            raise ParameterError(
-                "evaluation", "two files bear the same name, or one serves twice; name them differently"
-            )
-        return {each.name: each for each in found.values()}
+            if chosen.name in found:
+                raise ParameterError(
+                    parameter, f"{task!r} bears the name of another file, or serves twice; name files differently"
+                )
+            found[chosen.name] = chosen
+        return found
 
     def evaluation_files(self) -> list[Path]:
         """The files that the merges are judged on."""
@@ -210,6 +226,12 @@ def parse_scalings(given: Sequence[float] | str | float) -> tuple[float, ...]:
     if not scalings or not all(0 < each < float("inf") for each in scalings):
         raise ParameterError("scalings", f"must be finite numbers above 0, as [0.5, 1.0]; not {given!r}")
     return tuple(scalings)
+
+
+def _as_of(parameter: str, error: ParameterError, *, but: Sequence[str] = ()) -> ParameterError:
+    """The same problem as one of another parameter, unless it is of one of those."""
+    named, problem = str(error).removeprefix("parameter ").split(": ", 1)
+    return ParameterError(named if named in but else parameter, problem)
 
 
 def _found(source: str) -> str:

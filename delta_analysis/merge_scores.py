@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from delta_analysis.comparison import difference
 from delta_analysis.curve import outcome_matrix
+from delta_analysis.editable import Pair
 from delta_analysis.evaluate import ExactMatch
 from delta_analysis.factors import halves
 from delta_analysis.intervals import MEAN, Interval, metric_interval
 from delta_analysis.merge_edit import Merging
+from delta_analysis.sweep import sweep
 
-SETTING = ["method", "drop_rate", "rescale", "weights"]
-"""Columns that tell one merge from another."""
+SETTING = ["by", "prune", "weights"]
+"""Columns that tell one merge of some sources from another: its method, its pruner and its weights, in full."""
 ALL_TASKS = "mean over tasks"
 
 
@@ -39,32 +41,49 @@ def halved(evaluation: ExactMatch) -> tuple[ExactMatch, ExactMatch]:
     return choosing, judging
 
 
+def judge_merges(
+    pair: Pair, merges: Iterable[Merging], evaluations: Sequence[ExactMatch], seeds: Sequence[int], **engine: Any
+) -> pd.DataFrame:
+    """A sweep of merges of one pair, with the columns of `SETTING`; `engine` goes to `sweep`."""
+    cells = sweep([pair], list(merges), evaluations, seeds, **engine)
+    return cells.rename(columns={f"option_{column}": column for column in SETTING})
+
+
 def joined(cells: pd.DataFrame, tasks: Sequence[str]) -> np.ndarray:
     """Outcomes of one merge on several tasks, (seeds, questions), whose mean is the mean over the tasks.
 
-    Where tasks have different numbers of questions, those of a task with few count for more; a task that no
-    seed changes has the same outcomes under all.
+    The tasks are these and no others, so that questions differ from the mean of their task: by that the
+    outcomes are moved to the common mean. Where tasks have different numbers of questions, those of a task
+    with few count for more; a task that no seed changes has the same outcomes under all.
     """
     by_task = [outcome_matrix(cells[cells["evaluation"] == task]) for task in tasks]
+    if len(by_task) == 1:
+        return by_task[0]
     seeds, whole = max(len(each) for each in by_task), sum(each.shape[1] for each in by_task)
-    even = len({each.shape[1] for each in by_task}) == 1
-    weighed = [each if even else each * (whole / (len(tasks) * each.shape[1])) for each in by_task]
-    return np.concatenate([np.broadcast_to(each, (seeds, each.shape[1])) for each in weighed], axis=1)
+    mean = float(np.mean([each.mean() for each in by_task]))
+    weights = [whole / (len(tasks) * each.shape[1]) for each in by_task]
+    moved = [mean + (each - each.mean()) * weight for each, weight in zip(by_task, weights, strict=True)]
+    return np.concatenate([np.broadcast_to(each, (seeds, each.shape[1])) for each in moved], axis=1)
+
+
+def trail_outcomes(cells: pd.DataFrame, way: str, task: str, fine_tune: str) -> dict[int, np.ndarray]:
+    """Steps of continual pre-training -> outcomes of a way on a task, least first; empty if there are none."""
+    rows = cells[(cells["way"] == way) & (cells["evaluation"] == task) & (cells["fine_tune"] == fine_tune)]
+    return {int(steps): outcome_matrix(group) for steps, group in rows.groupby("steps")}
 
 
 def offer(ways: Mapping[str, Sequence[Merging]]) -> pd.DataFrame:
     """The merges that each way has to choose from, a row each, with the columns that find them in a sweep.
 
-    Columns: `way`; `method, drop_rate, rescale, weights`; `merging`.
+    Columns: `way`; those of `SETTING`; `drop_rate`, of the pruner or else of the method's own; `scaling`; `merging`.
     """
     return pd.DataFrame(
         [
             {
                 "way": way,
-                "method": each.method,
+                **{column: str(getattr(each, column)) for column in SETTING},
                 "drop_rate": each.drop_rate,
-                "rescale": str(each.rescale),
-                "weights": str(each.weights),
+                "scaling": each.by.scaling,
                 "merging": each,
             }
             for way, merges in ways.items()
@@ -88,8 +107,10 @@ def best_settings(cells: pd.DataFrame, offered: pd.DataFrame, tasks: Sequence[st
     DataFrame, the chosen rows of `offered` with `promised`, the accuracy on the questions that chose.
     """
     chosen = cells[cells["evaluation"].isin(list(tasks))]
-    promised = chosen.groupby([*SETTING, "evaluation"])["value"].mean().groupby(SETTING).mean().rename("promised")
-    known = offered.merge(promised.reset_index(), on=SETTING, how="inner")
+    means = chosen.groupby([*SETTING, "evaluation"])["value"].mean().groupby(SETTING).mean()
+    # Rounded, so that equal means of other summands are equal.
+    promised = means.round(12).rename("promised").reset_index()
+    known = offered.merge(promised, on=SETTING, how="inner")
     return known.loc[known.groupby(list(by), sort=False)["promised"].idxmax()].reset_index(drop=True)
 
 
@@ -111,16 +132,17 @@ def scores(cells: pd.DataFrame, settings: pd.DataFrame, tasks: Sequence[str]) ->
         own = of_setting(cells, setting)
         judged = {task: [task] for task in tasks} | ({ALL_TASKS: list(tasks)} if len(tasks) > 1 else {})
         for task, named in judged.items():
-            rows.append({**setting, "task": task, **metric_interval(MEAN, joined(own, named))._asdict()})
+            value, low, high = metric_interval(MEAN, joined(own, named))
+            rows.append({**setting, "task": task, "value": value, "low": max(low, 0.0), "high": min(high, 1.0)})
     return pd.DataFrame(rows)
 
 
-def gain(cells: pd.DataFrame, one: pd.Series, other: pd.Series, tasks: Sequence[str]) -> Interval:
-    """How much more accurate one merge is than another, on the mean over tasks, with its 95% interval.
+def gain(cells: pd.DataFrame, one: pd.Series, other: pd.Series, tasks: Sequence[str], *, looks: int = 1) -> Interval:
+    """How much more accurate one merge is than another, on the mean over tasks, with the interval of `difference`.
 
     Both answer the same questions, under the same masks where they are random.
     """
-    return difference(*(joined(of_setting(cells, each), tasks) for each in (one, other)))
+    return difference(*(joined(of_setting(cells, each), tasks) for each in (one, other)), looks=looks)
 
 
 class Saturation(NamedTuple):

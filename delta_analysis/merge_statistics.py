@@ -243,22 +243,29 @@ def _answered(logits: torch.Tensor, labels: torch.Tensor | None, ids: torch.Tens
     return rows[(labels[0, 1:] if by_position else labels) != UNANSWERED]
 
 
+def check_batch(batch: object, position: int) -> None:
+    """Raise unless this is what a model's forward pass takes: token ids, and a mask of their shape if there is one."""
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    if not isinstance(batch, Mapping) or not isinstance(ids, torch.Tensor) or ids.dim() != 2:
+        given = f"has {', '.join(map(repr, batch))}" if isinstance(batch, Mapping) else f"is {batch!r:.60}"
+        raise ValueError(
+            f"batch {position} {given}; expected arguments of the model's forward pass, "
+            "{'input_ids': a tensor (sequences, positions), …}"
+        )
+    mask = batch.get("attention_mask", torch.ones_like(ids))
+    if mask.shape != ids.shape:
+        raise ValueError(
+            f"batch {position} has an attention_mask of shape {tuple(mask.shape)}; expected {tuple(ids.shape)}, "
+            "that of input_ids, with 1 for a token and 0 for padding"
+        )
+
+
 def _sequences(batches: Iterable[Mapping[str, Any]], device: str) -> Iterator[dict[str, Any]]:
     """One sequence at a time, as arguments of a forward pass, with the padding cut away."""
     for i, batch in enumerate(batches):
-        ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
-        if not isinstance(ids, torch.Tensor) or ids.dim() != 2:
-            given = f"has {', '.join(map(repr, batch))}" if isinstance(batch, Mapping) else f"is {batch!r:.60}"
-            raise ValueError(
-                f"batch {i} {given}; expected arguments of the model's forward pass, "
-                "{'input_ids': a tensor (sequences, positions), …}"
-            )
+        check_batch(batch, i)
+        ids = batch["input_ids"]
         mask = batch.get("attention_mask", torch.ones_like(ids)).bool()
-        if mask.shape != ids.shape:
-            raise ValueError(
-                f"batch {i} has an attention_mask of shape {tuple(mask.shape)}; expected {tuple(ids.shape)}, "
-                "that of input_ids, with 1 for a token and 0 for padding"
-            )
         for row in range(len(ids)):
             if mask[row].any():
                 yield {name: _row(value, row, mask, device) for name, value in batch.items()}

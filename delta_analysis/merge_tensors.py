@@ -9,10 +9,12 @@ from functools import cached_property
 
 import torch
 
-from delta_analysis.merge_methods import MergeMethod, Parts
+from delta_analysis.merge_methods import MergeMethod, Parts, ReadsBase
 from delta_analysis.pruning import Prune, Pruner, prepared
 
 Tensors = Mapping[str, torch.Tensor]
+TRIMMING = 2**16
+"""Stands for a position after all deltas: what a method trims after a pruner is drawn under another seed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +48,7 @@ class Merger:
 
     Attributes
     ----------
-    base : reads a tensor of the base, float32.
+    base : reads a tensor of the base, float32, for a method that has to see it.
     deltas : one mapping for each; a tensor that one does not have is zero in it.
     method : what they are merged by.
     pruners : one a delta, None for none; each draws from a seed of its own (`source_seed`).
@@ -68,16 +70,20 @@ class Merger:
         """The deltas as they are merged."""
         ready: list[Tensors] = []
         for k, (tensors, pruner) in enumerate(zip(self.deltas, self.pruners, strict=True)):
-            seed = source_seed(self.seed, k)
-            for each in (pruner, self.method.trim):
-                tensors = tensors if each is None else Pruned(tensors, each, seed)
-            ready.append(tensors)
+            seed, trim = source_seed(self.seed, k), self.method.trim
+            if pruner is not None:
+                tensors = Pruned(tensors, pruner, seed)
+                # Else the trimming would look at the very numbers that the pruner has looked at.
+                seed = source_seed(seed, TRIMMING)
+            ready.append(tensors if trim is None else Pruned(tensors, trim, seed))
         return ready
 
     def __call__(self, name: str) -> torch.Tensor:
         """The merged delta's tensor of this name, float32."""
-        base = self.base(name)
-        deltas = tuple(each[name] if name in each else torch.zeros_like(base) for each in self._ready)
+        found = [each[name] if name in each else None for each in self._ready]
+        shape = next(each.shape for each in found if each is not None)
+        deltas = tuple(torch.zeros(shape) if each is None else each for each in found)
+        base = self.base(name) if isinstance(self.method, ReadsBase) else None
         known = [each[name] for each in self.statistics if name in each]
         statistics = tuple(known) if self.statistics and len(known) == len(self.deltas) else None
         return self.method(Parts(name, deltas, self.weights, base, statistics))

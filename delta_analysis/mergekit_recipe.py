@@ -53,9 +53,9 @@ def mergekit_recipe(
 
     It has `Average`, `TaskArithmetic`, `Ties` with scope `"tensor"` and without slack, and `Della` with
     rank `"row"` and its election, each after at most one way of dropping entries: `Dare`, `Magnitude`
-    in a tensor, or `MagPrune` by row, at a rate for each model. Comments say where its arithmetic is
-    another. All models have to be folders or hub ids; an embedded one is given by its place in the
-    repository.
+    in a tensor, or `MagPrune` by row, at a rate for each model; with an elected mean, for weights of
+    at least 0. Comments say where its arithmetic is another. All models have to be folders or hub
+    ids; an embedded one is given by its place in the repository.
 
     Parameters
     ----------
@@ -80,13 +80,16 @@ def mergekit_recipe(
     rule = _rule(method)
     if rule is None or not _are_models(base, deltas) or (method.trim and any(pruners)):
         return None
+    elects, mean = rule
+    # A negative weight makes the divisor of the mean smaller there, and here larger.
+    if elects and mean and min(weights) < 0:
+        return None
     taken = [method.trim or pruner for pruner in pruners]
     drops = [_drops(pruner) for pruner in taken]
     dropping = {(each.way, each.rescale) for each in drops if each is not None and each.way}
     if None in drops or len(dropping) > 1:
         return None
     way, rescale = dropping.pop() if dropping else ("", False)
-    elects, mean = rule
     name = NAMES[way][elects]
     lines = [
         "# The merge beside it by mergekit: mergekit-yaml mergekit.yaml OUTPUT",

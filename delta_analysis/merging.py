@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from numbers import Real
+from operator import index
 from pathlib import Path
 
 import torch
 
-from delta_analysis._errors import NotHomologousError
-from delta_analysis.alignment import COMPARED, Match, align
-from delta_analysis.checkpoint import Checkpoint, Source, open_checkpoint
+from delta_analysis.alignment import COMPARED, Match
+from delta_analysis.checkpoint import Checkpoint, Source
 from delta_analysis.delta import Delta
-from delta_analysis.entry import Entry, Stored
+from delta_analysis.entry import Entry
+from delta_analysis.memory import to_float32
 from delta_analysis.merge_methods import MergeMethod
-from delta_analysis.merge_statistics import gather
+from delta_analysis.merge_statistics import check_batch, gather
 from delta_analysis.merge_tensors import Merger, merge_label
+from delta_analysis.mergeable import check_mergeable
 from delta_analysis.mergekit_recipe import FILE, mergekit_recipe
-from delta_analysis.names import reading_order
 from delta_analysis.pruning import Pruner
 
 Batches = Iterable[Mapping[str, torch.Tensor]]
 """Arguments of a model's forward pass, batch after batch."""
-Hashes = dict[tuple[Entry, tuple[int, ...]], str]
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,9 +58,8 @@ def merge(
 ) -> Delta:
     """The deltas of one base merged into one, a delta again: lazy, to be evaluated, analysed or saved.
 
-    Each tensor is read of each delta, pruned, trimmed if the method does, and merged; nothing is kept.
-    `save_checkpoint(base, merged, …)` writes the merged model tensor by tensor, and beside it a recipe
-    for mergekit where that has the method.
+    `save_checkpoint(base, merged, …)` writes the merged model tensor by tensor, nothing is kept, and beside it
+    a recipe for mergekit where that has the method.
 
     Parameters
     ----------
@@ -74,8 +73,7 @@ def merge(
     weights : finite numbers, one a delta; 1 each by default.
     seed : determines, with a delta's position and a tensor's name, all random numbers.
     data : for `Fisher` and `RegMean`, for each delta batches of what its model is for: arguments of
-        the model's forward pass, such as `input_ids` and `attention_mask`. They are read now, once,
-        and of the models one at a time is loaded.
+        the model's forward pass, such as `input_ids` and `attention_mask`. They are read now, once.
     device : where the models run that read the data.
 
     Returns
@@ -85,11 +83,15 @@ def merge(
     Raises
     ------
     NotHomologousError
-        Before any long work: deltas of another base (unless every weight is equal), or without
-        tensors that the others have, or of other shapes.
+        Deltas of another base (by its weights), without tensors that the others have, or of other shapes.
     ValueError
-        Before any long work: no delta; weights that are not finite, or not as many, or with data below 0;
-        pruners or data that are not as many; data that the method needs and lacks, or has and does not need.
+        No delta; weights that are not finite, or that the method cannot use; weights, pruners or data that
+        are not as many; data that the method needs and lacks, or has and does not need. All this at once.
+
+    Warns
+    -----
+    UserWarning
+        Tensors, tokens or settings of a fine-tune that differ from the base's, and are not in the merge.
 
     Examples
     --------
@@ -101,15 +103,16 @@ def merge(
     True
     """
     start, given, matches = check_mergeable(base, deltas)
-    pruners = _one_each("pruners", prune, len(given))
-    numbers = _checked_weights(weights, len(given), method)
+    pruners, number = _one_each(prune, len(given)), _checked_seed(seed)
+    shares = _checked_weights(weights, len(given))
+    _check_method(method, shares)
     batches = _checked_data(method, data, len(given))
     statistics = [
-        gather(method.statistic, delta, each, device=device, seed=seed)  # type: ignore[arg-type]
+        gather(method.statistic, delta, each, device=device, seed=number)  # type: ignore[arg-type]
         for delta, each in zip(given, batches, strict=False)
     ]
     starts = {match.tensor: match.base for match in matches if match.base is not None}
-    merger = Merger(lambda name: _read(starts[name]), given, method, pruners, numbers, seed, statistics)
+    merger = Merger(lambda name: _read(starts[name]), given, method, pruners, shares, number, statistics)
     return _merged(start, matches, merger)
 
 
@@ -128,137 +131,69 @@ def _merged(base: Checkpoint, matches: Sequence[Match], merger: Merger) -> Delta
     return Delta(base, merged, tuple(replace(m, finetuned=entries.get(m.tensor, m.finetuned)) for m in matches))
 
 
-def check_mergeable(base: Checkpoint | Source, deltas: Sequence[Delta]) -> tuple[Checkpoint, list[Delta], list[Match]]:
-    """The base, the deltas, and what is merged with what of the base; raise unless all deltas are of that base."""
-    start = base if isinstance(base, Checkpoint) else open_checkpoint(base)
-    given = _checked_deltas(deltas)
-    return start, given, _matches(start, given)
+def _check_method(method: MergeMethod, weights: Sequence[float]) -> None:
+    if isinstance(method, type) or not callable(getattr(method, "check", None)):
+        raise ValueError(f"method must be a merge method such as Ties(0.8), a value and not a class; not {method!r}")
+    method.check(tuple(weights))
 
 
-def _read(entry: Entry) -> torch.Tensor:
-    return entry.read().to(torch.float32)
-
-
-def _checked_deltas(deltas: Sequence[Delta]) -> list[Delta]:
-    if isinstance(deltas, Delta) or not isinstance(deltas, Sequence) or not deltas:
-        raise ValueError("deltas must be a list of at least one delta, such as load_delta gives")
-    for k, delta in enumerate(deltas):
-        if not isinstance(delta, Delta):
-            raise ValueError(f"deltas: number {k} is {type(delta).__name__}, not a delta; give load_delta(…)")
-        if delta.base is None and not delta.finetuned.is_difference:
+def _one_each(given: Pruner | Sequence[Pruner | None] | None, count: int) -> list[Pruner | None]:
+    pruners = list(given) if isinstance(given, list | tuple) else [given] * count
+    if len(pruners) != count:
+        raise ValueError(f"prune: {len(pruners)} pruners are given for {count} deltas; give one for all, or one each")
+    for pruner in pruners:
+        if pruner is not None and (isinstance(pruner, type) or not hasattr(pruner, "drop_rate")):
             raise ValueError(
-                f"deltas: number {k} ({delta.finetuned.source}) is the fine-tuned weights themselves; "
-                "load it with the base that it was fine-tuned from"
+                f"prune must be a pruner such as Dare(0.9), a list with one for each, or None; not {pruner!r}"
             )
-    return list(deltas)
+    return pruners  # type: ignore[return-value]
 
 
-def _one_each(what: str, given: Pruner | Sequence[Pruner | None] | None, count: int) -> list[Pruner | None]:
-    if given is None or callable(given):
-        return [given] * count
-    if len(given) != count:
-        raise ValueError(f"{what}: {len(given)} are given for {count} deltas; give one for all, or one each")
-    return list(given)
-
-
-def _checked_weights(weights: Sequence[float] | None, count: int, method: MergeMethod) -> tuple[float, ...]:
+def _checked_weights(weights: Sequence[float] | None, count: int) -> tuple[float, ...]:
     if weights is None:
         return (1.0,) * count
-    if len(weights) != count:
-        raise ValueError(f"weights: {len(weights)} are given for {count} deltas; give one for each")
+    if not isinstance(weights, Sequence) or len(weights) != count:
+        raise ValueError(f"weights must be {count} numbers, one for each delta; not {weights!r}")
     for k, weight in enumerate(weights):
         if not isinstance(weight, Real) or isinstance(weight, bool) or not math.isfinite(weight):
             raise ValueError(f"weights: number {k} must be a finite number; not {weight!r}")
-    if method.statistic and (min(weights) < 0 or not sum(weights)):
-        raise ValueError(f"weights: {method.label} needs weights of at least 0, not all of them 0; not {weights!r}")
     return tuple(map(float, weights))
 
 
-def _checked_data(method: MergeMethod, data: Sequence[Batches] | None, count: int) -> Sequence[Batches]:
+def _checked_seed(seed: int) -> int:
+    try:
+        number = index(seed)
+    except TypeError:
+        number = -1
+    if number < 0 or isinstance(seed, bool):
+        raise ValueError(f"seed must be a whole number of at least 0; not {seed!r}")
+    return number
+
+
+def _checked_data(method: MergeMethod, data: Sequence[Batches] | None, count: int) -> list[Batches]:
+    """The batches of each delta, the first of each looked at before any model is loaded."""
     if not method.statistic:
         if data is not None:
             raise ValueError(f"data: {method.label} needs none; leave it out")
-        return ()
+        return []
     if data is None:
         raise ValueError(f"data: {method.label} needs some of each model; give for each delta an iterable of batches")
-    if len(data) != count:
-        raise ValueError(f"data: {len(data)} iterables are given for {count} deltas; give one for each")
-    return data
+    if not isinstance(data, Sequence) or len(data) != count:
+        given = len(data) if isinstance(data, Sequence) else data
+        raise ValueError(f"data: must be {count} iterables of batches, one for each delta; not {given!r}")
+    return [_looked_at(batches, k) for k, batches in enumerate(data)]
 
 
-def _matches(base: Checkpoint, deltas: Sequence[Delta]) -> list[Match]:
-    """What is merged with what of the base, after all deltas were found to fit."""
-    each = [
-        {match.tensor: match for match in align(base, delta.finetuned, "common") if match.status == COMPARED}
-        if delta.base is None
-        else delta.compared
-        for delta in deltas
-    ]
-    whole = [k for k, delta in enumerate(deltas) if not delta.finetuned.is_difference] or range(len(deltas))
-    names = dict.fromkeys(name for k in whole for name in each[k])
-    for k, delta in enumerate(deltas):
-        lacking = [name for name in names if name not in each[k]]
-        if lacking and not delta.finetuned.is_difference:
-            raise NotHomologousError(
-                f"{delta.finetuned.source}: {len(lacking)} of {len(names)} tensors of the other deltas are not in its "
-                f"delta, such as {lacking[0]!r}; all have to be fine-tunes of one model: see its coverage()"
-            )
-        unknown = [name for name in each[k] if name not in names]
-        if unknown:
-            raise NotHomologousError(
-                f"{delta.finetuned.source}: changes {unknown[0]!r}, which the other deltas do not have"
-            )
-    found = [_fitting(name, deltas, each) for name in names]
-    _check_bases(base, deltas, each, found)
-    taken = {match.base_name for match in found}
-    beyond = [m for m in align(base, deltas[0].finetuned, "common") if m.status == "only in base"]
-    found += [match for match in beyond if match.base_name not in taken]
-    return sorted(found, key=lambda match: reading_order(match.tensor))
+def _looked_at(batches: Batches, position: int) -> Batches:
+    if not isinstance(batches, Iterable):
+        raise ValueError(f"data: number {position} must be an iterable of batches; not {batches!r}")
+    rest: Iterator[Mapping[str, torch.Tensor]] = iter(batches)
+    first = next(rest, None)
+    if first is None:
+        raise ValueError(f"data: number {position} holds no batch (a generator can be read only once)")
+    check_batch(first, 0)
+    return chain([first], rest)
 
 
-def _fitting(name: str, deltas: Sequence[Delta], each: Sequence[Mapping[str, Match]]) -> Match:
-    """The match of a tensor, which all deltas have in one shape."""
-    having = {k: matches[name] for k, matches in enumerate(each) if name in matches}
-    first, *others = having
-    for k in others:
-        if having[k].shape != having[first].shape:
-            raise NotHomologousError(
-                f"tensor {name!r}: {having[first].shape} in {deltas[first].finetuned.source} and {having[k].shape} in "
-                f"{deltas[k].finetuned.source}; all deltas have to be of one shape, also of one vocabulary"
-            )
-    return having[first]
-
-
-def _check_bases(
-    base: Checkpoint, deltas: Sequence[Delta], each: Sequence[Mapping[str, Match]], found: Sequence[Match]
-) -> None:
-    """Raise unless every delta's base has the weights of `base`; files that are the same are not read."""
-    hashes: Hashes = {}
-    for match in found:
-        own = base.entries.get(match.base_name)
-        for delta, matches in zip(deltas, each, strict=True):
-            theirs = matches[match.tensor].base if match.tensor in matches and delta.base is not None else None
-            if theirs is None or own is theirs:
-                continue
-            name = f"tensor {match.tensor!r}"
-            if own is None:
-                raise NotHomologousError(f"{base.source}: has no {name}, which {delta.finetuned.source} has a delta of")
-            # The same place in the same file is not read again.
-            if isinstance(own, Stored) and replace(own, shape=theirs.shape) == theirs:
-                continue
-            if _hash(own, theirs.shape, hashes) != _hash(theirs, theirs.shape, hashes):
-                assert delta.base is not None
-                raise NotHomologousError(
-                    f"{delta.finetuned.source}: is a delta from another base: {name} of {delta.base.source} is not "
-                    f"that of {base.source}; load all deltas with the base that they are merged on"
-                )
-
-
-def _hash(entry: Entry, shape: tuple[int, ...], known: Hashes) -> str:
-    """A hash of the float32 values; of more rows than are compared, where a vocabulary was cut, of the first ones."""
-    if (entry, shape) not in known:
-        values = _read(entry)[: shape[0]] if shape and entry.shape else _read(entry)
-        hashed = hashlib.blake2b(str(tuple(values.shape)).encode(), digest_size=16)
-        hashed.update(values.contiguous().view(-1).numpy().data)
-        known[entry, shape] = hashed.hexdigest()
-    return known[entry, shape]
+def _read(entry: Entry) -> torch.Tensor:
+    return to_float32(entry.read())

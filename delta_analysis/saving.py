@@ -8,21 +8,24 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from tqdm import tqdm
 
 from delta_analysis._errors import CheckpointError, NotHomologousError, one_of
+from delta_analysis.blocks import map_blocks
 from delta_analysis.checkpoint import Checkpoint, tokenizer_folder
 from delta_analysis.delta import Delta
 from delta_analysis.entry import Entry
 from delta_analysis.hub import TOKENIZER
+from delta_analysis.memory import uninitialised
 from delta_analysis.names import bare_name, output_head
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -196,14 +199,13 @@ def _write_shards(delta: Delta, parts: dict[str, Part], folder: Path, max_shard_
     with tqdm(total=len(parts), unit="tensor", disable=None, leave=False) as bar:
         for file, names in split.filename_to_tensors.items():
 
-            def tensors(file: str = file, names: Iterable[str] = names) -> Iterator[torch.Tensor]:
-                for name in names:
-                    tensor, row = _sum(name, delta, parts[name])
-                    rows.append({"tensor": name, "file": file, **row})
-                    bar.update()
-                    yield tensor
+            def make(name: str, file: str = file) -> torch.Tensor:
+                tensor, row = _sum(name, delta, parts[name])
+                rows.append({"tensor": name, "file": file, **row})
+                bar.update()
+                return tensor
 
-            _write_file(folder / file, {name: parts[name] for name in names}, tensors())
+            _write_file(folder / file, {name: parts[name] for name in names}, make)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
@@ -213,30 +215,46 @@ def _write_shards(delta: Delta, parts: dict[str, Part], folder: Path, max_shard_
 def _sum(name: str, delta: Delta, part: Part) -> tuple[torch.Tensor, dict[str, object]]:
     """The tensor to be stored, and what its rounding did to the delta."""
     dtype = getattr(torch, part.dtype)
-    changed = lost = 0
     if part.start is None:
-        weight = part.own.read().to(torch.float32)
-        stored = weight.to(dtype)
+        stored, counts = _rounded(part.own.read(), None, dtype)
     else:
         change = delta[part.delta_name]
         rows = slice(len(change)) if change.dim() else ...
-        start = part.start.read()[rows].to(torch.float32)
-        weight = start + change
-        if weight.shape != part.own.shape:
-            weight = torch.cat([weight, part.own.read()[len(change) :].to(torch.float32)])
-        stored = weight.to(dtype)
-        changed = int(torch.count_nonzero(change))
-        lost = int(((change != 0) & (stored[rows] == start.to(dtype))).sum())
-    beyond = int((torch.isinf(stored) & torch.isfinite(weight)).sum())
+        stored, counts = _rounded(part.start.read()[rows], change, dtype)
+        if stored.shape != part.own.shape:
+            beyond_base, more = _rounded(part.own.read()[len(change) :], None, dtype)
+            stored, counts = torch.cat([stored, beyond_base]), counts + more
+    changed, lost, beyond = counts.tolist()
     if beyond:
         raise ValueError(
             f"tensor {name!r} has {beyond} entries beyond the range of {part.dtype}; save in bfloat16 or float32"
         )
-    counts = {"changed": changed, "lost": lost, "lost_share": lost / changed if changed else 0.0}
-    return stored, {"dtype": part.dtype, "numel": stored.numel(), **counts}
+    shares = {"changed": changed, "lost": lost, "lost_share": lost / changed if changed else 0.0}
+    return stored, {"dtype": part.dtype, "numel": stored.numel(), **shares}
 
 
-def _write_file(path: Path, parts: dict[str, Part], tensors: Iterator[torch.Tensor]) -> None:
+def _rounded(start: torch.Tensor, change: torch.Tensor | None, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """`float32(start) + change` in the dtype; how many entries change, are lost, and left the dtype's range."""
+    stored = uninitialised(start.shape, dtype)
+    out, changes = stored.view(-1), None if change is None else change.reshape(-1)
+
+    def add(before: torch.Tensor, at: int) -> list[int]:
+        place = slice(at, at + before.numel())
+        after = before if changes is None else before + changes[place]
+        out[place] = after
+        # The extremes, which are NaN where an entry is, take less than a look at each entry.
+        finite = all(map(math.isfinite, torch.stack(torch.aminmax(out[place])).tolist()))
+        beyond = 0 if finite else int((torch.isinf(out[place]) & torch.isfinite(after)).sum())
+        if changes is None:
+            return [0, 0, beyond]
+        changed = changes[place] != 0
+        lost = changed & (out[place] == before.to(dtype))
+        return [int(np.count_nonzero(each)) for each in (changed, lost)] + [beyond]
+
+    return stored, torch.tensor([[0, 0, 0], *map_blocks(start, add)]).sum(0)
+
+
+def _write_file(path: Path, parts: dict[str, Part], make: Callable[[str], torch.Tensor]) -> None:
     """A safetensors file, written from its header on, one tensor at a time."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -247,8 +265,9 @@ def _write_file(path: Path, parts: dict[str, Part], tensors: Iterator[torch.Tens
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors:
-            file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        for name in parts:
+            # No name for the tensor, which would hold it while the next one is made.
+            file.write(make(name).contiguous().reshape(-1).view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from numbers import Real
+from typing import Literal
 
 import torch
 from scipy.stats import rankdata
@@ -55,6 +56,7 @@ class Widen:
     label: str = field(default="WIDEN", init=False)
     trim: None = field(default=None, init=False)
     statistic: Statistic = field(default="", init=False)
+    reads_base: Literal[True] = field(default=True, init=False)
 
     def __post_init__(self) -> None:
         check_scaling(self)
@@ -68,8 +70,12 @@ class Widen:
         if math.isinf(self.calibration):
             raise ValueError(f"calibration must be finite, the score of large changes; not {self.calibration!r}")
 
+    def check(self, weights: tuple[float, ...]) -> None:
+        """Any weights will do."""
+
     def __call__(self, parts: Parts) -> torch.Tensor:
         base = parts.base
+        assert base is not None
         if base.dim() < 2:
             sizes = torch.stack([delta.reshape(-1).abs().to(torch.float64) for delta in parts.deltas])
             scores = self._scores(sizes, sizes.mean(dim=1, keepdim=True)).view(len(sizes), *base.shape)

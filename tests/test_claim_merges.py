@@ -10,6 +10,7 @@ import pytest
 
 from delta_analysis.claim_effects import EFFECTS
 from delta_analysis.claim_measures import NotMeasuredError
+from delta_analysis.factors import halves
 from delta_analysis.intervals import Interval
 
 ITEMS, SEEDS = 40, 3
@@ -22,10 +23,10 @@ def cells(share: float, *, seeds: int = 1, **labels: Any) -> list[dict[str, Any]
     return [{"metric": "accuracy", "seed": seed, "outcomes": right, **labels} for seed in range(seeds)]
 
 
-def merged(way: str, p: float, share: float, promised: float, scaling: str = "1.0") -> list[dict[str, Any]]:
+def merged(way: str, p: float, share: float, promised: float, scaling: float = 1.0) -> list[dict[str, Any]]:
     """A way at one drop rate, equally good at both tasks."""
     labels: dict[str, Any] = {"table": "merge", "role": "at each drop rate", "way": way, "promised": promised}
-    setting: dict[str, Any] = {"method": f"{way} {p}", "drop_rate": p, "rescale": scaling, "weights": "()"}
+    setting: dict[str, Any] = {"by": f"{way}({scaling})", "prune": f"drop({p})", "weights": "()", "drop_rate": p}
     return [
         row for task in TASKS for row in cells(share, seeds=SEEDS if p else 1, evaluation=task, **labels, **setting)
     ]
@@ -45,13 +46,14 @@ def results() -> pd.DataFrame:
         rows += cells(
             0.3 if own == "one" else 0.2, table="single", way=f"tuned for {own}", own_task=own, evaluation=other
         )
-    for steps, alone, merge, tuned, plain, slack in ((10, 0.0, 0.1, 0.05, 0.1, 0.1), (100, 0.2, 0.6, None, 0.5, 0.5)):
-        rows += trail(
-            steps, **{"before merging": alone, "task arithmetic": merge, "TIES, sum": plain, "slack 1": slack}
-        )
-        rows += [] if tuned is None else trail(steps, **{"fine-tuned afterwards": tuned})
-    rows += trail(1000, **{"before merging": 0.4, "task arithmetic": 0.7, "TIES, sum": 0.6, "slack 1": 0.5})
-    rows += trail(1000, "another", **{"before merging": 0.0, "task arithmetic": 1.0, "TIES, sum": 0.0})
+    for steps, alone, merge, plain in ((10, 0.0, 0.1, 0.1), (100, 0.2, 0.6, 0.5), (1000, 0.3, 0.7, 0.5)):
+        rows += trail(steps, **{"before merging": alone, "task arithmetic": merge, "TIES, sum": plain})
+        rows += trail(steps, **dict.fromkeys(("slack 1", "slack 3", "slack 10", "slack ∞"), 0.1))
+    rows += trail(10, **{"fine-tuned afterwards": 0.05})
+    # After the decay of the learning rate; one slack is better than the others and worse than none.
+    rows += trail(10_000, **{"before merging": 0.4, "task arithmetic": 0.9, "TIES, sum": 0.6, "slack 3": 0.5})
+    rows += trail(10_000, **dict.fromkeys(("slack 1", "slack 10", "slack ∞"), 0.2))
+    rows += trail(10_000, "another", **{"before merging": 0.0, "task arithmetic": 1.0, "TIES, sum": 0.0})
     return pd.DataFrame(rows)
 
 
@@ -78,11 +80,10 @@ def trail(steps: int, fine_tune: str = "first", **shares: float) -> list[dict[st
         ("della-over-dare", 0.2),
         ("della-over-ties", 0.5),
         ("della-over-unpruned", 0.1),
-        ("merge-brings-tasks", 0.3),
+        ("merge-brings-tasks", 0.5),
         ("merge-over-ct-then-sft", 0.05),
         # 0.1 → 0.6 → 0.7 at 10, 100 and 1000 steps.
         ("merge-saturates", -0.4),
-        ("slack-helps", -0.1),
     ],
 )
 def test_effects_are_differences_of_the_shares(claim: str, value: float) -> None:
@@ -92,11 +93,18 @@ def test_effects_are_differences_of_the_shares(claim: str, value: float) -> None
     assert effect.value == pytest.approx(value, abs=1e-9)
 
 
+def test_slack_is_chosen_on_one_half_and_judged_on_the_other() -> None:
+    _, judging = halves(ITEMS)
+    # At the end slack 3 is the best and answers the first half of the questions, without slack it is the first 0.6.
+    expected = np.mean(judging < 0.5 * ITEMS) - np.mean(judging < 0.6 * ITEMS)
+    assert EFFECTS["slack-helps"](results()).value == pytest.approx(expected)
+
+
 def test_intervals_shrink_with_the_questions_that_differ() -> None:
     wide = EFFECTS["merge-brings-tasks"](results())
     same = results()
-    at_end = (same["table"] == "trail") & (same["way"] == "task arithmetic") & (same["steps"] == 1000)
-    alone = same[(same["table"] == "trail") & (same["way"] == "before merging") & (same["steps"] == 1000)]
+    at_end = (same["table"] == "trail") & (same["way"] == "task arithmetic") & (same["steps"] == 10_000)
+    alone = same[(same["table"] == "trail") & (same["way"] == "before merging") & (same["steps"] == 10_000)]
     first = at_end & (same["fine_tune"] == "first") & (same["evaluation"] == "new")
     own = alone[(alone["fine_tune"] == "first") & (alone["evaluation"] == "new")]["outcomes"].iloc[0]
     same.loc[first, "outcomes"] = pd.Series([own], index=same.index[first])
@@ -120,7 +128,7 @@ def test_what_was_not_measured_is_said(claim: str, table: str, way: str | None) 
         EFFECTS[claim](without)
 
 
-def test_saturation_takes_three_stops() -> None:
+def test_saturation_takes_three_stops_before_the_last() -> None:
     rows = results()
-    with pytest.raises(NotMeasuredError, match="three"):
+    with pytest.raises(NotMeasuredError, match="fewer than four"):
         EFFECTS["merge-saturates"](rows[(rows["table"] != "trail") | (rows["steps"] != 100)])

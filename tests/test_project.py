@@ -23,7 +23,7 @@ from delta_analysis.paths import find_root
 ROOT = find_root()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LAYERS = (
-    ("_errors", "names"),
+    ("_errors", "names", "memory"),
     ("paths", "philox", "storage", "entry", "pickled", "ray_executor"),
     ("formats", "kernel_drop", "kernel_tally", "hub"),
     ("configuration", "folder", "known_pairs", "kernel_order"),
@@ -35,7 +35,7 @@ LAYERS = (
     ("pruning",),
     ("proportional", "merge_methods"),
     ("delta", "intervals", "scope", "patching", "cells"),
-    ("streaming", "saving", "merge_tensors", "data_methods", "widen", "mergekit_recipe"),
+    ("streaming", "saving", "merge_tensors", "data_methods", "widen", "mergekit_recipe", "mergeable"),
     ("ranges", "curve", "claims"),
     ("interference",),
     ("evaluate.protocol", "evaluate.batching", "evaluate.beginning"),
@@ -56,8 +56,8 @@ LAYERS = (
     ("pruning_error", "merging", "merge_edit", "outvoted"),
     ("sweep", "comparison", "layer_noise", "interventions"),
     ("tolerance", "damage", "factors", "predictors", "mending"),
-    ("recovery", "merge_scores"),
-    ("claim_measures", "foresight", "equivalence"),
+    ("recovery", "merge_ways"),
+    ("claim_measures", "foresight", "equivalence", "merge_scores"),
     ("predictor_errors",),
     ("claim_leads", "claim_merges"),
     ("claim_effects",),

@@ -10,7 +10,6 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from delta_analysis.names import NO_LAYER
 from delta_analysis.plots.style import GREY, PALETTE, legend_below
 
 MERGE_COLOURS = {
@@ -59,8 +58,8 @@ def merge_curves(scores: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     `scores` has `task, drop_rate, value, low, high`.
     """
     ax = ax or plt.gca()
-    for (task, line), colour in zip(scores.groupby("task", sort=False), PALETTE, strict=False):
-        line = line.sort_values("drop_rate")
+    for i, (task, line) in enumerate(scores.groupby("task", sort=False)):
+        line, colour = line.sort_values("drop_rate"), PALETTE[i % len(PALETTE)]
         spread = [line["value"] - line["low"], line["high"] - line["value"]]
         ax.errorbar(line["drop_rate"], line["value"], spread, fmt="o-", ms=4, lw=1.6, color=colour, label=task)
     ax.set(ylim=(-0.03, 1.03), xlim=(-0.05, 1.02), xlabel="drop rate p", ylabel="accuracy")
@@ -75,7 +74,9 @@ def along_trail(scores: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """
     ax = ax or plt.gca()
     for way, line in scores.groupby("way", sort=False):
-        line, colour = line.sort_values("steps"), MERGE_COLOURS.get(str(way)) or MERGE_COLOURS[str(way).split()[0]]
+        line = line.sort_values("steps")
+        # That of the longest name, so that "TIES, sum" is not taken for "TIES".
+        colour = MERGE_COLOURS[max((name for name in MERGE_COLOURS if str(way).startswith(name)), key=len)]
         style = "o--" if way in ("before merging", "fine-tuned afterwards") else "o-"
         ax.plot(line["steps"], line["value"], style, color=colour, ms=4, lw=1.6, label=way, zorder=3)
         ax.fill_between(line["steps"], line["low"], line["high"], color=colour, alpha=0.15, lw=0, zorder=2)
@@ -115,10 +116,11 @@ def conflicts_by_layer(table: pd.DataFrame, *, column: str = "conflicts", ax: Ax
     """
     ax = ax or plt.gca()
     for i, (way, line) in enumerate(table.groupby("way", sort=False)):
-        x = line["layer"].where(line["layer"] != NO_LAYER, -1)
-        order = x.argsort()
-        ax.plot(x.iloc[order], line[column].iloc[order], "o-", ms=4, lw=1.6, color=PALETTE[i % len(PALETTE)], label=way)
+        line = line.sort_values("layer")
+        ax.plot(line["layer"], line[column], "o-", ms=4, lw=1.6, color=PALETTE[i % len(PALETTE)], label=way)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.set(yscale="log", ylim=(table[column].min() / 1.5, 1.3), xlabel="layer (−1: outside the layers)")
+    # A layer in which nothing meets has no place on a log axis.
+    least = table.loc[table[column] > 0, column].min()
+    ax.set(ylim=(least / 1.5 if least > 0 else 1e-3, 1.3), yscale="log", xlabel="layer (−1: outside the layers)")
     ax.yaxis.set_major_formatter(PercentFormatter(1))
     return ax
