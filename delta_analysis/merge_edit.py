@@ -58,8 +58,8 @@ class Merging:
     Raises
     ------
     ValueError
-        Weights that are not as many as the sources. In a sweep: a delta of the sources that changes a tensor
-        which the pair's own does not have.
+        Weights that are not as many as the sources. In a sweep: a pair that is not the first source; a delta of
+        the sources that changes a tensor which the pair's own does not have.
     """
 
     sources: tuple[MergeSource, ...]
@@ -102,6 +102,11 @@ class Merging:
         """The merge of the pair's delta with the others."""
         first, *others = (source.without_texts() for source in self.sources)
         own, deltas = _names(first), [tensors]
+        sample = min(tensors, key=lambda name: (tensors[name].dim() < 2, tensors[name].numel()))
+        if sample not in own or not torch.equal(_tensor(first, sample), tensors[sample].cpu()):
+            raise ValueError(
+                f"a merge of {first.finetuned} is an edit of its own pair, and this is another: {sample!r} differs"
+            )
         for source in others:
             other = _tensors(source)
             if beyond := [name for name in other if name not in own]:
@@ -135,6 +140,12 @@ def _tensors(source: MergeSource) -> dict[str, torch.Tensor]:
     """The delta, in memory."""
     delta = load_delta(base=source.base, finetuned=source.finetuned)
     return {name: delta[name] for name in editable_shapes(delta)}
+
+
+@lru_cache(maxsize=64)
+def _tensor(source: MergeSource, name: str) -> torch.Tensor:
+    """A single tensor of the delta."""
+    return load_delta(base=source.base, finetuned=source.finetuned)[name]
 
 
 @lru_cache(maxsize=1)

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 
 from delta_analysis._errors import NotHomologousError
-from delta_analysis.alignment import COMPARED, Match, align
+from delta_analysis.alignment import Match, align
 from delta_analysis.checkpoint import Checkpoint, Source, open_checkpoint
 from delta_analysis.delta import Delta
 from delta_analysis.entry import Entry, Stored
@@ -101,12 +101,7 @@ def _checked_deltas(deltas: Sequence[Delta]) -> list[Delta]:
 
 def _matches(base: Checkpoint, deltas: Sequence[Delta]) -> list[Match]:
     """What is merged with what of the base, after all deltas were found to fit."""
-    each = [
-        {match.tensor: match for match in align(base, delta.finetuned, "common") if match.status == COMPARED}
-        if delta.base is None
-        else delta.compared
-        for delta in deltas
-    ]
+    each = [delta.compared for delta in deltas]
     whole = [k for k, delta in enumerate(deltas) if not delta.finetuned.is_difference] or range(len(deltas))
     names = dict.fromkeys(name for k in whole for name in each[k])
     for k, delta in enumerate(deltas):
@@ -150,7 +145,7 @@ def _check_bases(
     for match in found:
         own = base.entries.get(match.base_name)
         for delta, matches in zip(deltas, each, strict=True):
-            theirs = matches[match.tensor].base if match.tensor in matches and delta.base is not None else None
+            theirs = matches[match.tensor].base if match.tensor in matches else None
             if theirs is None or own is theirs:
                 continue
             name = f"tensor {match.tensor!r}"

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
+from scipy import stats
 
-from delta_analysis.comparison import best_methods, lead
+from delta_analysis.comparison import best_methods, difference, lead
 
 
 def rows(method: str, drop_rate: float, outcomes: np.ndarray, metric: str = "accuracy") -> list[dict[str, object]]:
@@ -151,3 +152,69 @@ def test_few_masks_that_differ_leave_a_lead_open() -> None:
     assert ahead.value == pytest.approx(0.137, abs=1e-3)
     assert ahead.high - ahead.value == pytest.approx(0.234, abs=4e-3)
     assert not best_methods(cells)["clear"].any()
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    one=npst.arrays(float, (3, 8), elements=st.integers(0, 1)),
+    other=npst.arrays(float, (3, 8), elements=st.integers(0, 1)),
+)
+def test_a_difference_turned_round_changes_its_sign(one: np.ndarray, other: np.ndarray) -> None:
+    found, turned = difference(one, other), difference(other, one)
+    assert found.value == pytest.approx(one.mean() - other.mean())
+    assert found.low <= found.value <= found.high
+    assert turned == pytest.approx((-found.value, -found.high, -found.low))
+    assert difference(one, one) == (0, 0, 0)
+    # A shift of both alike cancels.
+    assert difference(one + 5, other + 5) == pytest.approx(found)
+    # Without masks it is the paired t-test's error with 1.96.
+    paired = difference(one[:1], other[:1])
+    half = 1.96 * stats.sem(one[0] - other[0])
+    assert (paired.low, paired.high) == pytest.approx((paired.value - half, paired.value + half), abs=1e-4)
+
+
+def test_a_difference_under_masks_has_students_error_too() -> None:
+    """Differences of .1, .2 and .6 on items that all differ alike: mean .3, over masks Student's t alone."""
+    one, other = np.repeat([[0.1], [0.2], [0.6]], 50, axis=1), np.zeros((1, 50))
+    found = difference(one, other)
+    low, high = stats.t.interval(0.95, 2, loc=0.3, scale=stats.sem([0.1, 0.2, 0.6]))
+    assert found == pytest.approx((0.3, low, high))
+    # A row that no mask changes stands for as many as the other has.
+    assert difference(one, np.zeros((3, 50))) == found
+    assert difference(other, one) == pytest.approx((-0.3, -high, -low))
+    # Masks on which both change alike leave no error.
+    assert difference(one + 1, one) == pytest.approx((1, 1, 1))
+
+
+def test_errors_over_items_and_over_masks_add_in_squares() -> None:
+    items, masks = np.tile([0.0, 1.0], 50), np.array([[0.1], [-0.1], [0.3], [0.1]])
+    both = difference(items + masks, np.zeros((1, 100)))
+    by_items = difference(items[None], np.zeros((1, 100)))
+    by_masks = difference(np.repeat(masks, 100, axis=1), np.zeros((1, 100)))
+    halves = [each.high - each.value for each in (by_items, by_masks)]
+    assert both.high - both.value == pytest.approx(np.hypot(halves[0], halves[1]))
+    assert min(halves) > 0
+
+
+def test_intervals_of_differences_cover_the_truth() -> None:
+    """Of 400 differences that are .2 in truth, over masks and items, about 95% have it inside."""
+    rng = np.random.default_rng(0)
+    inside = 0
+    for _ in range(400):
+        shared = rng.normal(size=60)
+        drawn = 0.2 + rng.normal(scale=0.1, size=(3, 1)) + rng.normal(scale=0.5, size=60)
+        found = difference(shared + drawn, shared[None])
+        inside += found.low <= 0.2 <= found.high
+    assert 0.93 < inside / 400 <= 1
+
+
+def test_several_looks_share_the_five_percent() -> None:
+    one, other = np.random.default_rng(0).random((2, 3, 40))
+    for only in (slice(1), slice(3)):
+        halves = [found.high - found.value for found in (difference(one[only], other[only], looks=n) for n in (1, 4))]
+        assert halves[1] > halves[0]
+    # Over items alone, of which the normal quantile at 1 - .025 / 4 is known.
+    looked = difference(one[:1], other[:1], looks=4)
+    assert looked.high - looked.value == pytest.approx(2.4977 * stats.sem(one[0] - other[0]), rel=1e-4)
+    by_mask = difference(np.repeat([[0.0], [1.0], [5.0]], 9, axis=1), np.zeros((1, 9)), looks=2)
+    assert (by_mask.low, by_mask.high) == pytest.approx(stats.t.interval(0.975, 2, loc=2, scale=stats.sem([0, 1, 5])))

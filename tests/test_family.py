@@ -21,6 +21,7 @@ from delta_analysis.family import (
     short_source,
     task_pairs,
     trail,
+    tuned_on_trail,
 )
 from delta_analysis.paths import find_root, zoo_names
 from delta_analysis.zoo.recipe import RECIPES
@@ -89,3 +90,19 @@ def test_the_trail_leads_to_the_continually_pretrained_model() -> None:
         record = json.loads((find_root() / "data" / "zoo" / source.removeprefix("zoo:") / "training.json").read_text())
         assert record["step"] == step
         assert da.open_checkpoint(source).keys() == da.open_checkpoint("zoo:small/base").keys()
+
+
+def test_points_of_the_trail_were_fine_tuned_as_instruct_was() -> None:
+    found, stops = tuned_on_trail(), dict(trail())
+    assert list(found) == sorted(found)
+    # Scarce and ample, and the last is the end of the trail.
+    assert len(found) >= 3
+    assert set(found) <= set(stops)
+    assert max(found) == max(stops)
+    stages = {stage.name: stage for stage in RECIPES["small"].stages}
+    instruct = stages["instruct"]
+    for step, source in found.items():
+        stage = stages[source.removeprefix("zoo:small/")]
+        assert f"zoo:small/{stage.parent}" == stops[step]
+        assert replace(stage, name=instruct.name, parent=instruct.parent, seed=instruct.seed) == instruct
+    assert tuned_on_trail("tiny") == {}
