@@ -15,7 +15,7 @@ from delta_analysis.comparison import difference
 from delta_analysis.curve import outcome_matrix
 from delta_analysis.factors import halves
 from delta_analysis.intervals import MEAN, Interval, kept_interval
-from delta_analysis.merge_scores import SETTING, joined, saturation, trail_outcomes
+from delta_analysis.merge_scores import SETTING, joined, mean_of, saturation, trail_outcomes
 from delta_analysis.merge_ways import AFTER_DARE, AFTERWARDS, BEFORE, DELLA, ELECTED, SLACKS, SUM, slack_way
 
 DARE_MERGE = SUM
@@ -79,8 +79,7 @@ def merge_retains(results: pd.DataFrame) -> Interval:
 def dare_helps(results: pd.DataFrame) -> Interval:
     """The gain by DARE, the mean over merge methods."""
     with_dare, without = (
-        np.mean([mean_outcomes(results, way, dropped=dropped) for way in AFTER_DARE], axis=0)
-        for dropped in (True, False)
+        mean_of([mean_outcomes(results, way, dropped=dropped) for way in AFTER_DARE]) for dropped in (True, False)
     )
     return difference(with_dare, without)
 

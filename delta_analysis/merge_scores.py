@@ -66,6 +66,17 @@ def joined(cells: pd.DataFrame, tasks: Sequence[str]) -> np.ndarray:
     return np.concatenate([np.broadcast_to(each, (seeds, each.shape[1])) for each in moved], axis=1)
 
 
+def mean_of(outcomes: Sequence[np.ndarray]) -> np.ndarray:
+    """The mean of several (seeds, items) on the same items; what no seed changes is the same under all.
+
+    Examples
+    --------
+    >>> mean_of([np.ones((1, 2)), np.zeros((3, 2))]).tolist()
+    [[0.5, 0.5], [0.5, 0.5], [0.5, 0.5]]
+    """
+    return np.mean(np.broadcast_arrays(*outcomes), axis=0)
+
+
 def trail_outcomes(cells: pd.DataFrame, way: str, task: str, fine_tune: str) -> dict[int, np.ndarray]:
     """Steps of continual pre-training -> outcomes of a way on a task, least first; empty if there are none."""
     rows = cells[(cells["way"] == way) & (cells["evaluation"] == task) & (cells["fine_tune"] == fine_tune)]

@@ -24,11 +24,13 @@ def cells(share: float, *, seeds: int = 1, **labels: Any) -> list[dict[str, Any]
 
 
 def merged(way: str, p: float, share: float, promised: float, scaling: float = 1.0) -> list[dict[str, Any]]:
-    """A way at one drop rate, equally good at both tasks."""
+    """A way at one drop rate, equally good at both tasks; Fisher information is drawn even where nothing is dropped."""
     labels: dict[str, Any] = {"table": "merge", "role": "at each drop rate", "way": way, "promised": promised}
     setting: dict[str, Any] = {"by": f"{way}({scaling})", "prune": f"drop({p})", "weights": "()", "drop_rate": p}
     return [
-        row for task in TASKS for row in cells(share, seeds=SEEDS if p else 1, evaluation=task, **labels, **setting)
+        row
+        for task in TASKS
+        for row in cells(share, seeds=SEEDS if p or way == "Fisher" else 1, evaluation=task, **labels, **setting)
     ]
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import fields
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +18,12 @@ import pytest
 
 from delta_analysis.continual import ContinualParameters
 from delta_analysis.delta import load_delta
+from delta_analysis.merge_parameters import MergeParameters
 from delta_analysis.overview import OverviewParameters
 from delta_analysis.parameter_checks import ParameterError
 from delta_analysis.parameters import AblationParameters, ModelSizeParameters, ValueRangesParameters
 from delta_analysis.paths import find_root
+from tests.notebooks.in_process import run_notebook
 
 FOLDER = find_root() / "notebooks"
 PARAMETERS: dict[str, type] = {
@@ -30,9 +35,16 @@ PARAMETERS: dict[str, type] = {
     "05_continual_pretraining": ContinualParameters,
     "06_finetuned_vs_delta": AblationParameters,
     "07_model_size": ModelSizeParameters,
+    "08_merging": MergeParameters,
 }
 NOTEBOOKS = sorted(path.stem for path in FOLDER.glob("[0-9]*.ipynb"))
 PAIR = {"base": "zoo:small/base", "finetuned": "zoo:small/math"}
+PAIRS = {"base": "zoo:small/base,zoo:small/code-cpt", "finetuned": "zoo:small/math,zoo:small/code"}
+TRIAD = {"base": "zoo:tiny/code-cpt", "finetuned": "zoo:tiny/code", "other_base": "zoo:tiny/base"}
+TUNED = {"base": "zoo:tiny/base", "finetuned": "zoo:tiny/instruct,zoo:tiny/math", "evaluation": "instruct,math"}
+CONTINUED = {"continued": "zoo:tiny/code-cpt", "continued_evaluation": "code"}
+ENCODER = {"base": "zoo:encoder/base", "finetuned": "zoo:encoder/strings"}
+TASK = "strings-right"
 FEW: dict[str, Any] = {"first_seed": 3, "n_seeds": 2, "n_questions": 20}
 
 pytestmark = [
@@ -92,52 +104,88 @@ def test_committed_results_are_of_the_committed_notebook(name: str) -> None:
     assert run["headline"] in shown.replace("**", "")
 
 
-def _run(name: str, tmp_path: Path, **parameters: Any) -> nbformat.NotebookNode:
-    return papermill.execute_notebook(
-        str(FOLDER / f"{name}.ipynb"),
-        str(tmp_path / "out.ipynb"),
-        {"out_dir": str(tmp_path / "results"), **parameters},
-        kernel_name="python3",
-        progress_bar=False,
-        cwd=str(tmp_path),
-    )
+def running(name: str, **parameters: Any) -> pytest.MarkDecorator:
+    """Give a test a run of a notebook, and what it has left: `run`, or `results` and `record`."""
+    return pytest.mark.parametrize("run", [(name, parameters)], indirect=True, ids=[name])
 
 
-def _results(name: str, tmp_path: Path, **parameters: Any) -> pd.DataFrame:
-    """The results of a notebook that has run."""
-    _run(name, tmp_path, **parameters)
-    return pd.read_parquet(tmp_path / "results" / "results.parquet")
+@pytest.fixture(scope="module")
+def runs(
+    request: pytest.FixtureRequest, processes: ForkServerContext, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Future[nbformat.NotebookNode]]]:
+    """The runs that the tests ask for, two at a time, by the names of the tests."""
+    asked = {
+        item.name: item.callspec.params["run"]
+        for item in request.session.items
+        if isinstance(item, pytest.Function) and item.module is request.module and "run" in item.fixturenames
+    }
+    with ProcessPoolExecutor(2, processes, max_tasks_per_child=1) as pool:
+        yield {test: pool.submit(run_notebook, *each, tmp_path_factory.mktemp("run")) for test, each in asked.items()}
 
 
-def test_value_ranges_of_another_pair(tmp_path: Path) -> None:
-    results = _results("01_value_ranges", tmp_path, **PAIR)
+@pytest.fixture
+def run(
+    request: pytest.FixtureRequest, runs: dict[str, Future[nbformat.NotebookNode]]
+) -> Future[nbformat.NotebookNode]:
+    return runs[request.node.name]
+
+
+@pytest.fixture
+def left(run: Future[nbformat.NotebookNode]) -> Path:
+    """The folder of what a run has left."""
+    notebook = run.result()
+    assert any("image/png" in output.data for output in _outputs(notebook))
+    return Path(notebook.metadata.papermill.output_path).parent / "results"
+
+
+@pytest.fixture
+def results(left: Path) -> pd.DataFrame:
+    return pd.read_parquet(left / "results.parquet")
+
+
+@pytest.fixture
+def record(left: Path) -> dict[str, Any]:
+    return json.loads((left / "run.json").read_text())
+
+
+# The longest first, for they run in this order.
+@running("05_continual_pretraining", **TRIAD, inputs="text.txt", n_seeds=2, drop_rates="0.3,0.9")
+def test_explanation_of_another_fine_tune_by_a_text(results: pd.DataFrame) -> None:
+    assert set(results.loc[results["table"] == "tolerances", "pair"]) == {"code-cpt → code", "base → code"}
+    assert set(results.loc[results["table"] == "verdicts", "verdict"]) <= {"holds", "refuted", "cannot tell"}
+    assert set(results.loc[results["table"] == "cells", "metric"]) == {"perplexity", "kl", "top5_logit_mse"}
+
+
+@running("05_continual_pretraining", **ENCODER, inputs=f"data/zoo/tasks/{TASK}.jsonl", **FEW, drop_rates="0.5,0.9")
+def test_explanation_of_a_single_pair(results: pd.DataFrame, record: dict[str, Any]) -> None:
+    assert set(results.loc[results["table"] == "cells", "pair"]) >= {"base → strings"}
+    assert record["headline"].startswith("DARE keeps 95% up to p = ")
+
+
+@running("01_value_ranges", **PAIR)
+def test_value_ranges_of_another_pair(results: pd.DataFrame, record: dict[str, Any]) -> None:
     assert set(results["pair"]) == {"base → math"}
     assert (results["table"] == "tensor").sum() == 38
-    run = json.loads((tmp_path / "results" / "run.json").read_text())
-    assert run["headline"].startswith("base → math: half of the entries are at most")
+    assert record["headline"].startswith("base → math: half of the entries are at most")
 
 
-def test_dare_ablation_by_perplexity_of_a_text(tmp_path: Path) -> None:
-    text = tmp_path / "text.txt"
-    text.write_text("23 plus 45 is 68\nuser: what is 1 plus 2?\nbot: 3\n" * 4)
-    results = _results("02_dare_ablation", tmp_path, **PAIR, drop_rates=0.9, n_seeds=2, evaluation=str(text))
+@running("02_dare_ablation", **PAIR, drop_rates=0.9, n_seeds=2, evaluation="text.txt")
+def test_dare_ablation_by_perplexity_of_a_text(results: pd.DataFrame) -> None:
     assert set(results["metric"]) == {"perplexity"}
     assert (results["value"] > 1).all()
 
 
-def test_dare_ablation_of_the_attention_of_a_classifier(tmp_path: Path) -> None:
-    encoder = {"base": "zoo:encoder/base", "finetuned": "zoo:encoder/strings", "evaluation": "strings-right"}
-    results = _results("02_dare_ablation", tmp_path, **encoder, **FEW, drop_rates="0.9", scope="attention")
+@running("02_dare_ablation", **ENCODER, evaluation=TASK, **FEW, drop_rates="0.9", scope="attention")
+def test_dare_ablation_of_the_attention_of_a_classifier(results: pd.DataFrame, record: dict[str, Any]) -> None:
     assert set(results["pair"]) == {"base → strings"}
     assert set(results["scope"]) == {"attention"}
     assert {0.0, 0.9, 1.0} <= set(results["drop_rate"])
     assert set(results["seed"]) == {3, 4}
     assert results["outcomes"].map(len).eq(20).all()
-    assert set(results["evaluation"]) == {"strings-right"}
-    run = json.loads((tmp_path / "results" / "run.json").read_text())
-    assert list(run["files"]) == ["strings-right.jsonl"]
-    assert set(run["checkpoints"]) == {encoder["base"], encoder["finetuned"]}
-    delta = load_delta(base=encoder["base"], finetuned=encoder["finetuned"])
+    assert set(results["evaluation"]) == {TASK}
+    assert list(record["files"]) == [f"{TASK}.jsonl"]
+    assert set(record["checkpoints"]) == set(ENCODER.values())
+    delta = load_delta(**ENCODER)
     kept = [
         tensor.count_nonzero().item() for name, tensor in delta.items() if ".attention." in name and "Norm" not in name
     ]
@@ -148,8 +196,8 @@ def test_dare_ablation_of_the_attention_of_a_classifier(tmp_path: Path) -> None:
     assert whole["achieved_drop_rate"].eq(1).all()
 
 
-def test_rescaling_of_another_pair(tmp_path: Path) -> None:
-    results = _results("03_rescale_vs_drop_only", tmp_path, **PAIR, **FEW, drop_rates="0.5,0.9")
+@running("03_rescale_vs_drop_only", **PAIR, **FEW, drop_rates="0.5,0.9")
+def test_rescaling_of_another_pair(results: pd.DataFrame) -> None:
     ladder, factors = (results[results["table"] == table] for table in ("ladder", "factors"))
     assert set(ladder["method"]) == {"DARE", "drop only"}
     assert {f"similarity/{layer}" for layer in range(5)} | {"accuracy"} == set(ladder["metric"])
@@ -165,40 +213,16 @@ def test_rescaling_of_another_pair(tmp_path: Path) -> None:
     assert factors[factors["drop_rate"] > 0].groupby("drop_rate")["rescale"].nunique().to_dict() == {0.5: 6, 0.9: 6}
 
 
-def test_pruning_methods_of_another_pair_by_perplexity(tmp_path: Path) -> None:
-    text = tmp_path / "text.txt"
-    text.write_text("23 plus 45 is 68\n\nuser: what is 1 plus 2?\nbot: 3\n\n" * 4)
-    results = _results("04_pruning_methods", tmp_path, **PAIR, drop_rates="0.9", n_seeds=2, evaluation=str(text))
+@running("04_pruning_methods", **PAIR, drop_rates="0.9", n_seeds=2, evaluation="text.txt")
+def test_pruning_methods_of_another_pair_by_perplexity(results: pd.DataFrame) -> None:
     assert set(results["pair"]) == {"base → math"}
     assert set(results["table"]) == {"cells", "windows", "damage"}
     assert {"DARE", "drop only", "MP", "MP + rescale", "MAGPRUNE", "MAGPRUNE by value"} <= set(results["method"])
     assert set(results["metric"].dropna()) == {"perplexity"}
 
 
-def test_explanation_of_another_fine_tune_by_a_text(tmp_path: Path) -> None:
-    text = tmp_path / "text.txt"
-    text.write_text("user: what does python print for len('abc')?\nbot: 3\n>>> 2 + 3\n5\n\n" * 8)
-    triad = {"base": "zoo:tiny/code-cpt", "finetuned": "zoo:tiny/code", "other_base": "zoo:tiny/base"}
-    results = _results("05_continual_pretraining", tmp_path, **triad, inputs=str(text), n_seeds=2, drop_rates="0.3,0.9")
-    assert set(results.loc[results["table"] == "tolerances", "pair"]) == {"code-cpt → code", "base → code"}
-    assert set(results.loc[results["table"] == "verdicts", "verdict"]) <= {"holds", "refuted", "cannot tell"}
-    assert set(results.loc[results["table"] == "cells", "metric"]) == {"perplexity", "kl", "top5_logit_mse"}
-
-
-def test_explanation_of_a_single_pair(tmp_path: Path) -> None:
-    pair = {
-        "base": "zoo:encoder/base",
-        "finetuned": "zoo:encoder/strings",
-        "inputs": "data/zoo/tasks/strings-right.jsonl",
-    }
-    results = _results("05_continual_pretraining", tmp_path, **pair, **FEW, drop_rates="0.5,0.9")
-    assert set(results.loc[results["table"] == "cells", "pair"]) >= {"base → strings"}
-    run = json.loads((tmp_path / "results" / "run.json").read_text())
-    assert run["headline"].startswith("DARE keeps 95% up to p = ")
-
-
-def test_weights_and_delta_of_another_model(tmp_path: Path) -> None:
-    results = _results("06_finetuned_vs_delta", tmp_path, **PAIR, **FEW, drop_rates="0.1,0.5")
+@running("06_finetuned_vs_delta", **PAIR, **FEW, drop_rates="0.1,0.5")
+def test_weights_and_delta_of_another_model(results: pd.DataFrame) -> None:
     assert set(results["dropped from"]) == {"delta", "weights"}
     assert set(results["method"]) == {"DARE", "MP"}
     untouched = results[results["drop_rate"] == 0]
@@ -209,23 +233,45 @@ def test_weights_and_delta_of_another_model(tmp_path: Path) -> None:
     assert set(results.loc[results["dropped from"] == "weights", "base_hash"]) == {""}
 
 
-def test_sizes_of_two_pairs(tmp_path: Path) -> None:
-    pairs = {"base": "zoo:small/base,zoo:small/code-cpt", "finetuned": "zoo:small/math,zoo:small/code"}
-    results = _results("07_model_size", tmp_path, **pairs, **FEW, drop_rates=0.5)
+@running("07_model_size", **PAIRS, **FEW, drop_rates=0.5)
+def test_sizes_of_two_pairs(results: pd.DataFrame) -> None:
     tolerances, cells = (results[results["table"] == table] for table in ("tolerances", "cells"))
     names = ["small, base → math", "small, code-cpt → code"]
     assert tolerances["pair"].tolist() == names
     assert set(cells["pair"]) == set(names)
     assert tolerances["tolerated"].between(tolerances["low"], tolerances["high"]).all()
     assert tolerances["tolerated"].between(0.001, 0.999).all()
-    delta = load_delta(base="zoo:small/base", finetuned="zoo:small/math")
-    assert set(tolerances["parameters"]) == {sum(tensor.numel() for tensor in delta.values())}
+    assert set(tolerances["parameters"]) == {sum(tensor.numel() for tensor in load_delta(**PAIR).values())}
     assert cells["outcomes"].map(len).eq(20).all()
 
 
-def test_a_wrong_parameter_stops_the_run_in_the_validation_cell(tmp_path: Path) -> None:
+@running("08_merging", **TUNED, **CONTINUED, **FEW, drop_rates=0.5, scalings="0.8,1")
+def test_merges_with_another_model_that_read_on(results: pd.DataFrame, record: dict[str, Any]) -> None:
+    assert set(results["table"]) == {"merge", "single", "trail", "discard", "discard by layer", "last", "interference"}
+    merges = results[results["table"] == "merge"]
+    assert set(merges["evaluation"]) == {"instruct", "math"}
+    assert {"average", "task arithmetic", "TIES", "DELLA", "Fisher", "RegMean", "WIDEN"} <= set(merges["way"])
+    # One half of the questions chose, under a mask of its own; the other judges.
+    assert merges["outcomes"].map(len).eq(10).all()
+    assert set(merges["seed"]) == {3, 4}
+    trail = results[results["table"] == "trail"]
+    assert set(trail["steps"]) == {0}
+    assert set(trail["evaluation"]) == {"instruct", "math", "code"}
+    assert set(trail.loc[trail["way"] != "before merging", "fine_tune"]) == {"instruct", "math"}
+    assert set(record["checkpoints"]) == {f"zoo:tiny/{name}" for name in ("base", "instruct", "math", "code-cpt")}
+    assert set(record["files"]) == {"instruct.jsonl", "math.jsonl", "code.jsonl"}
+
+
+@running("08_merging", **TUNED, **FEW, drop_rates=0.5, scalings=1)
+def test_merges_of_fine_tunes_alone(results: pd.DataFrame) -> None:
+    assert set(results["table"]) == {"merge", "single", "interference"}
+    assert set(results.loc[results["table"] == "merge", "role"]) >= {"at each drop rate", "one setting"}
+
+
+@running("02_dare_ablation", n_seeds="many")
+def test_a_wrong_parameter_stops_the_run_in_the_validation_cell(run: Future[nbformat.NotebookNode]) -> None:
     with pytest.raises(papermill.PapermillExecutionError, match="parameter n_seeds: must be an integer") as stopped:
-        _run("02_dare_ablation", tmp_path, n_seeds="many")
+        run.result()
     # The injected parameters are one more cell before it.
     assert stopped.value.exec_count == 3
 
