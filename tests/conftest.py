@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import gc
 import json
+import multiprocessing
 import secrets
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import pytest
-import ray
 import torch
 from safetensors.torch import save_file
 
@@ -53,9 +55,28 @@ def save_checkpoint(tmp_path: Path) -> SaveCheckpoint:
     return save
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _server_of_processes(request: pytest.FixtureRequest) -> None:
+    """Start it with the first test, if any wants it, so that it imports while others run."""
+    if any("processes" in getattr(item, "fixturenames", ()) for item in request.session.items):
+        multiprocessing.set_forkserver_preload(
+            ["delta_analysis.notebook", "hypothesis", "papermill", "tests.test_sweep_kills"]
+        )
+        forkserver.ensure_running()
+
+
+@pytest.fixture(scope="session")
+def processes() -> ForkServerContext:
+    """Processes that are forks of a server which has imported the package once, so that they start at once."""
+    return multiprocessing.get_context("forkserver")
+
+
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[None]:
     """A Ray cluster of two cores, on this machine."""
+    # Takes seconds, and few tests need it.
+    import ray
+
     # A short path of its own: Ray's sockets lie in it, and their names are limited in length.
     with (
         tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-import subprocess
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from multiprocessing.context import ForkServerContext
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,6 +17,7 @@ from hypothesis import strategies as st
 
 from delta_analysis import kernels
 from delta_analysis.blocks import BLOCK, kernels_for, map_blocks, new_tensor, row_length, single_threaded_pool
+from delta_analysis.pruning import Dare, Magnitude, MagPrune
 from delta_analysis.storage import NATIVE
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -150,27 +153,25 @@ def test_compiled_loops_are_for_the_cpu_alone() -> None:
         assert kernels_for(torch.device(device)).__name__ == "delta_analysis.torch_kernels"
 
 
-FORKS = """
-import os, sys
-import numpy as np
-import torch
-from delta_analysis.pruning import Dare, Magnitude, MagPrune
-
-torch.set_num_threads(2)
-tensor = torch.from_numpy(np.arange(2.0**20, dtype=np.float32)).view(2**6, 2**14)
-pruners = [Dare(0.5), Dare(0.5, "l1"), Magnitude(0.5), Magnitude(0.5, "row"), MagPrune(0.5)]
-before = [pruner(tensor, name="w", seed=0) for pruner in pruners]
-child = os.fork()
-if child == 0:
-    # Compared by numpy: torch itself cannot compute on several threads after a fork.
-    same = all((pruner(tensor, name="w", seed=0).numpy() == old.numpy()).all() for pruner, old in zip(pruners, before))
-    os._exit(0 if same else 1)
-sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-"""
+def prune_in_a_forked_child_too() -> None:
+    torch.set_num_threads(2)
+    tensor = torch.from_numpy(np.arange(2.0**20, dtype=np.float32)).view(2**6, 2**14)
+    pruners = [Dare(0.5), Dare(0.5, "l1"), Magnitude(0.5), Magnitude(0.5, "row"), MagPrune(0.5)]
+    before = [pruner(tensor, name="w", seed=0) for pruner in pruners]
+    child = os.fork()
+    if child == 0:
+        after = [pruner(tensor, name="w", seed=0) for pruner in pruners]
+        # Compared by numpy: torch itself cannot compute on several threads after a fork.
+        same = all((new.numpy() == old.numpy()).all() for new, old in zip(after, before, strict=True))
+        os._exit(0 if same else 1)
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 
-def test_a_forked_child_has_threads_of_its_own() -> None:
-    assert subprocess.run([sys.executable, "-c", FORKS], timeout=120, check=False).returncode == 0
+def test_a_forked_child_has_threads_of_its_own(processes: ForkServerContext) -> None:
+    process = processes.Process(target=prune_in_a_forked_child_too, daemon=True)
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0
 
 
 def test_threads_of_ours_leave_the_default_of_others_alone() -> None:

@@ -115,6 +115,7 @@ def patched_energies(
     """Mean squares of what changes in each module's output when its weight is given a pruned delta."""
     delta, calls = load_delta(base=base, finetuned=finetuned), recorded(base, finetuned, texts)
     named = {id(weight): n for n, weight in calls.model.named_parameters(remove_duplicate=False) if n in delta}
+    deltas = [delta.pruned(pruner, seed=0) for pruner in pruners]
     rows = []
     for path, module in calls.model.named_modules():
         for parameter, weight in module.named_parameters(recurse=False):
@@ -138,9 +139,8 @@ def patched_energies(
 
             matrix = parameter == "weight" and isinstance(module, torch.nn.Linear | Conv1D)
             energy = changed(-kept) if matrix else float(whole.square().sum(dim=-1).mean())
-            for pruner in pruners:
-                pruned = delta.pruned(pruner, seed=0)[name]
-                error = changed(pruned - delta[name])
+            for pruned in deltas:
+                error = changed(pruned[name] - delta[name])
                 rows.append({"tensor": name, "positions": len(whole), "output": energy, "error": error})
     return pd.DataFrame(rows)
 

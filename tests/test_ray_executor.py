@@ -1,4 +1,4 @@
-"""The executor on a real Ray cluster of two cores."""
+"""The executor on a real Ray cluster of two cores, also under a sweep, and with workers that are killed."""
 
 from __future__ import annotations
 
@@ -7,14 +7,22 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import CancelledError, as_completed
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 import ray
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from delta_analysis.editable import Edit
+from delta_analysis.pruning import Dare, Magnitude
 from delta_analysis.ray_executor import RayExecutor
+from delta_analysis.sweep import sweep
+from tests.tiny_family import UP, Judge, Reads, flat, make_family, without_seconds
 
 
 @pytest.fixture
@@ -72,6 +80,26 @@ class UnreadableError(ValueError):
 
 def read(file: str) -> None:
     raise UnreadableError(file)
+
+
+@dataclass(frozen=True)
+class TellsItsProcess(Judge):
+    """Gives entries of a weight, slowly, and appends the number of its process to a file."""
+
+    log: str
+    seconds: float = 0.15
+    name: str = "tells"
+
+    def __call__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, np.ndarray]:
+        with Path(self.log).open("a") as file:
+            file.write(f"{os.getpid()}\n")
+        time.sleep(self.seconds)
+        return {"accuracy": flat(dict(model.named_parameters()), UP)}
+
+
+def workers_of(log: Path) -> list[int]:
+    # The last line may be half written.
+    return [int(line) for line in log.read_text().split("\n")[:-1]] if log.exists() else []
 
 
 def test_calls_run_in_two_workers_at_once(executor: RayExecutor, tmp_path: Path) -> None:
@@ -161,7 +189,30 @@ def test_without_ray_it_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None
         RayExecutor()
 
 
-# Last, since a worker takes seconds to start.
+# Kills are last, since a worker takes seconds to start.
+def test_a_sweep_loses_a_worker_and_nothing_else(executor: RayExecutor, tmp_path: Path) -> None:
+    family, log = make_family(tmp_path), tmp_path / "log"
+    edits = [*(Dare(p / 10) for p in range(11)), Edit(Magnitude(0.5), "mlp")]
+    judges = [TellsItsProcess(str(log)), Reads()]
+
+    def run(folder: str, executor: RayExecutor | None) -> pd.DataFrame:
+        return sweep([family.pair()], edits, judges, [0, 1], tmp_path / folder, executor)
+
+    with ThreadPoolExecutor(1) as thread:
+        running = thread.submit(run, "on ray", executor)
+        while len(set(workers_of(log))) < 2 or len(workers_of(log)) < 6:
+            assert not running.done()
+            time.sleep(0.01)
+        killed, before = workers_of(log)[-1], len(workers_of(log))
+        os.kill(killed, signal.SIGKILL)
+        table = running.result()
+    assert len(set(workers_of(log)[before + 2 :])) >= 1
+    assert killed not in workers_of(log)[before + 2 :]
+    expected = run("here", None)
+    pd.testing.assert_frame_equal(without_seconds(table), without_seconds(expected))
+    assert table["error"].isna().all()
+
+
 def test_a_killed_worker_loses_no_result(executor: RayExecutor, tmp_path: Path) -> None:
     begun = tmp_path / "begun"
     hurt = executor.submit(killed_the_first_time, begun, 1)

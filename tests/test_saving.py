@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 import re
-import subprocess
-import sys
+import signal
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from threading import Barrier
 from typing import Any
@@ -472,28 +473,31 @@ def test_an_exception_in_the_middle_leaves_nothing(
     assert set(open_checkpoint(tmp_path / "out")) == set(base)
 
 
-KILLED = """
-import os, signal, sys
-from delta_analysis import load_delta, open_checkpoint, save_checkpoint
-
 class Killing:
+    """Kills the process that it runs in when it comes to the third layer."""
+
     method = "killing"
-    def __call__(self, tensor, *, name, seed):
+
+    def __call__(self, tensor: torch.Tensor, *, name: str, seed: int) -> torch.Tensor:
         if "layers.2" in name:
             os.kill(os.getpid(), signal.SIGKILL)
         return tensor
 
-base, finetuned, out = sys.argv[1:]
-delta = load_delta(base=base, finetuned=finetuned).pruned(Killing(), seed=0)
-save_checkpoint(open_checkpoint(base), delta, out, max_shard_size=500)
-"""
+
+def save_and_die(base: Path, finetuned: Path, out: Path) -> None:
+    delta = load_delta(base=base, finetuned=finetuned).pruned(Killing(), seed=0)
+    saving.save_checkpoint(open_checkpoint(base), delta, out, max_shard_size=500)
 
 
-def test_a_process_killed_in_the_middle_leaves_nothing_under_the_name(small: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_process_killed_in_the_middle_leaves_nothing_under_the_name(
+    small: tuple[Path, Path], tmp_path: Path, processes: ForkServerContext
+) -> None:
     before = sorted(tmp_path.iterdir())
     out = tmp_path / "out"
-    finished = subprocess.run([sys.executable, "-c", KILLED, *map(str, (*small, out))], capture_output=True)
-    assert finished.returncode == -9, finished.stderr.decode()
+    process = processes.Process(target=save_and_die, args=(*small, out))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert not out.exists()
     (left,) = set(tmp_path.iterdir()) - set(before)
     assert re.fullmatch(r"\.out\.\w{8}\.partial", left.name)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import multiprocessing
 import sys
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import fields
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -91,14 +91,14 @@ class Here(Executor):
         return future
 
 
-def test_every_executor_finds_the_same_bits(pair: Delta) -> None:
+def test_every_executor_finds_the_same_bits(pair: Delta, processes: ForkServerContext) -> None:
     expected = found_in(pair)
     for workers in (1, 2, 5):
         with ThreadPoolExecutor(workers) as threads:
             assert_same_bits(found_in(pair, executor=threads), expected)
     assert_same_bits(found_in(pair, executor=Here()), expected)
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as processes:
-        assert_same_bits(found_in(pair, executor=processes), expected)
+    with ProcessPoolExecutor(1, processes) as pool:
+        assert_same_bits(found_in(pair, executor=pool), expected)
 
 
 @pytest.mark.parametrize("task", [GRID, 2 * GRID, 64 * GRID])

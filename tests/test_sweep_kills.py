@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import multiprocessing
 import os
 import pickle
 import random
@@ -11,6 +10,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +43,6 @@ WRITE_TABLE = pq.write_table
 @pytest.fixture(scope="module")
 def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
     return make_family(tmp_path_factory.mktemp("family"))
-
-
-@pytest.fixture(scope="module")
-def processes() -> Any:
-    """Processes that come from a server which has imported all this once, and has no threads; so they start at once."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.test_sweep_kills"])
-    return context
 
 
 def run(pair: Pair, evaluation: Logs, out_dir: Path, executor: Executor | None = None) -> pd.DataFrame:
@@ -125,7 +117,7 @@ def whole(family: Family, evaluation: Logs, tmp_path: Path) -> Iterator[pd.DataF
 
 
 def test_a_sweep_that_is_killed_at_any_moment_goes_on(
-    family: Family, evaluation: Logs, whole: pd.DataFrame, tmp_path: Path, processes: Any
+    family: Family, evaluation: Logs, whole: pd.DataFrame, tmp_path: Path, processes: ForkServerContext
 ) -> None:
     out_dir, moments = tmp_path / "out", random.Random(0)
     done: set[str] = set()
@@ -153,7 +145,7 @@ def test_a_sweep_that_is_killed_at_any_moment_goes_on(
 
 
 def test_a_sweep_that_is_killed_while_it_writes_goes_on(
-    family: Family, evaluation: Logs, whole: pd.DataFrame, tmp_path: Path, processes: Any
+    family: Family, evaluation: Logs, whole: pd.DataFrame, tmp_path: Path, processes: ForkServerContext
 ) -> None:
     out_dir, there = tmp_path / "out", 0
     for point, count in (("before", 3), ("in", 3), ("after", 3), ("named", 3), ("in", 1)):
@@ -172,7 +164,7 @@ def test_a_sweep_that_is_killed_while_it_writes_goes_on(
 
 
 def test_two_processes_share_a_folder(
-    family: Family, evaluation: Logs, whole: pd.DataFrame, tmp_path: Path, processes: Any
+    family: Family, evaluation: Logs, whole: pd.DataFrame, tmp_path: Path, processes: ForkServerContext
 ) -> None:
     children = [
         processes.Process(target=run_in_threads, args=(family.pair(), evaluation, tmp_path / "out")) for _ in range(2)
@@ -197,7 +189,7 @@ def test_two_threads_share_a_folder(family: Family, evaluation: Logs, whole: pd.
     assert len(list((tmp_path / "out" / "cells").iterdir())) == N_CELLS
 
 
-def test_a_pool_of_processes_gives_the_same_table(family: Family, tmp_path: Path, processes: Any) -> None:
+def test_a_pool_of_processes_gives_the_same_table(family: Family, tmp_path: Path, processes: ForkServerContext) -> None:
     asked = ([family.pair()], [Dare(0), Dare(0.5), Edit(Magnitude(0.5), "mlp")], [Reads((UP,))], [0, 1])
     with ProcessPoolExecutor(2, processes) as pool:
         table = sweep(*asked, tmp_path / "pool", pool)
@@ -205,7 +197,7 @@ def test_a_pool_of_processes_gives_the_same_table(family: Family, tmp_path: Path
 
 
 def test_a_worker_that_dies_fails_its_cells_and_the_next_sweep_makes_them(
-    family: Family, evaluation: Logs, tmp_path: Path, processes: Any
+    family: Family, evaluation: Logs, tmp_path: Path, processes: ForkServerContext
 ) -> None:
     healed = tmp_path / "healed"
     asked = ([family.pair()], [Dare(0.5)], [evaluation, KillsItsProcess(str(healed))], [0], tmp_path / "out")

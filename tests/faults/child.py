@@ -2,11 +2,12 @@
 
     python -m tests.faults.child FOLDER [PART OF LABELS]
 
-FOLDER gets `label`, that of the case under way, and `results.json`.
+FOLDER is made, and gets `label`, that of the case under way, and `results.json`.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import itertools
 import json
 import logging
@@ -71,20 +72,22 @@ FORBIDDEN = (
 )
 
 
-def main(folder: Path, wanted: str) -> None:
+def main(folder: Path, wanted: str = "", first: int = 0, step: int = 1) -> None:
+    """Of all faults read every `step`-th from the first on, if its label holds `wanted`."""
+    faulthandler.enable()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.disable()
     base, case = folder / "base", folder / "case"
-    base.mkdir()
+    base.mkdir(parents=True)
     (base / SINGLE).write_bytes(save(BASE))
     (base / CONFIG).write_text('{"model_type": "llama", "vocab_size": 3}')
     watched = Watched(folder)
     results: list[tuple[str, str]] = []
 
-    def run(kind: str, fault: Fault) -> None:
-        label, files = f"{len(results)}, {fault[0]}", fault[1]
-        (folder / "label").write_text(f"{kind} {label}", encoding="utf-8", errors="backslashreplace")
+    def run(kind: str, number: int, fault: Fault) -> None:
+        label, files = f"{kind} {number}, {fault[0]}", fault[1]
+        (folder / "label").write_text(label, encoding="utf-8", errors="backslashreplace")
         case.mkdir()
         for name, content in files.items():
             if isinstance(content, bytes):
@@ -105,18 +108,19 @@ def main(folder: Path, wanted: str) -> None:
         results.append((label, outcome))
         shutil.rmtree(case)
 
-    for fault in good():
-        run("warm-up", fault)
+    for number, fault in enumerate(good()):
+        run("warm-up", number, fault)
     results.clear()
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + ROOM,) * 2)
     resource.setrlimit(resource.RLIMIT_CPU, (10 * SECONDS,) * 2)
-    for fault in itertools.chain.from_iterable(group() for group in FAULTS):
+    faults = enumerate(itertools.chain.from_iterable(group() for group in FAULTS))
+    for number, fault in itertools.islice(faults, first, None, step):
         if wanted in fault[0]:
-            run("faulty", fault)
+            run("faulty", number, fault)
     # What was refused leaves nothing behind that would spoil a later reading.
-    for fault in good():
-        run("good", fault)
+    for number, fault in enumerate(good()):
+        run("good", number, fault)
     (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
 
 

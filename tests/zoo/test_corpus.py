@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 
 import pytest
 
@@ -15,12 +16,26 @@ from delta_analysis.zoo.train import EXAMPLE_COUNT, TEXT_SIZE
 ALL = (*skills.STRING_SKILLS, *skills.ARITHMETIC_SKILLS, *skills.CODE_SKILLS)
 # Sizes read the same: data and seed alone tell what a stage is trained on.
 STAGES = {f"{stage.data}, seed {stage.seed}": stage for recipe in RECIPES.values() for stage in recipe.stages}
+WORD_BEFORE = re.compile(r"\w+\Z")
+LONGEST = 50
+"""Of a word, in letters."""
 
 
 def _pattern(template: str) -> re.Pattern[str]:
-    """A regular expression that finds every filling of a template at the start of a line or chat."""
+    """A regular expression that finds every filling of a template."""
     parts = re.split(r"\{\d\}", template)
     return re.compile(r"(\w+)".join(map(re.escape, parts)))
+
+
+def _fillings(template: str, text: str) -> Iterator[tuple[str, ...]]:
+    """The operands of every filling of a template, at the start of a line or anywhere."""
+    literal = template.removeprefix("{0}")
+    for match in _pattern(literal).finditer(text):
+        if literal == template:
+            yield match.groups()
+        # What begins with a word is found by what follows it: any word may begin it, and the text has millions.
+        elif word := WORD_BEFORE.search(text, max(match.start() - LONGEST, 0), match.start()):
+            yield word[0], *match.groups()
 
 
 def _problems_in(text: str) -> set[str]:
@@ -28,8 +43,7 @@ def _problems_in(text: str) -> set[str]:
     found: set[str] = set()
     for skill in ALL:
         for template in (skill.raw, skill.prose, *map(skills.chat_prompt, skill.requests)):
-            for match in _pattern(template).finditer(text):
-                operands = match.groups()
+            for operands in _fillings(template, text):
                 if skill in skills.ARITHMETIC_SKILLS and not all(part.isdigit() for part in operands):
                     continue
                 found.add(skill.problem(operands))
