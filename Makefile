@@ -45,4 +45,6 @@ refresh: install
 bench: install
 	@echo "== bench: mergekit, mergelens and peft, to measure beside"
 	@$(PIP) install --quiet --progress-bar off --constraint constraints.txt --editable ".[bench]"
+	@echo "== bench: are merges those of mergekit"
+	@$(BIN)/python -m pytest -W ignore benchmarks/test_agreement.py
 	@$(BIN)/python -m benchmarks.run

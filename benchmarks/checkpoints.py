@@ -1,14 +1,18 @@
-"""A Llama-shaped pair of checkpoints with random weights, for measuring at the size of real ones."""
+"""Llama-shaped checkpoints with random weights, for measuring at the size of real ones."""
 
 from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from safetensors.torch import save_file
+from transformers import LlamaConfig
+
+from delta_analysis.paths import zoo_model
 
 SHARDS = 8
 WEIGHT_STD, DELTA_STD = 0.02, 5e-4
@@ -52,24 +56,47 @@ LLAMA_70B = Shape(layers=80, hidden=8192, intermediate=28672, keys=1024)
 SMALL_PAIR = Shape(layers=2, hidden=256, intermediate=704, keys=64)
 
 
-def make_pair(folder: Path, shape: Shape) -> tuple[Path, Path]:
-    """Write base and fine-tune in bfloat16, each in shards with an index; their folders."""
-    base, finetuned = folder / "base", folder / "finetuned"
+def make_models(folder: Path, shape: Shape, finetuned: int = 1) -> list[Path]:
+    """Write a base and fine-tunes of it in bfloat16, as transformers loads them; their folders, the base first."""
+    paths = [folder / "base", *(folder / f"finetuned-{k}" for k in range(finetuned))]
     generator = torch.Generator().manual_seed(0)
     names = list(shape.tensors().items())
-    for path in (base, finetuned):
+    for path in paths:
         path.mkdir(parents=True)
-        (path / "config.json").write_text(json.dumps({"model_type": "llama", "tie_word_embeddings": False}))
+        (path / "config.json").write_text(config(shape).to_json_string(use_diff=False))
+        for file in zoo_model("zoo:small/base").glob("tokenizer*"):
+            shutil.copy(file, path)
     weight_map = {}
     for shard in range(SHARDS):
         file = f"model-{shard + 1:05}-of-{SHARDS:05}.safetensors"
         part = names[len(names) * shard // SHARDS : len(names) * (shard + 1) // SHARDS]
         weights = {name: torch.randn(size, generator=generator) * WEIGHT_STD for name, size in part}
-        save_file({name: weight.to(torch.bfloat16) for name, weight in weights.items()}, base / file)
-        for weight in weights.values():
-            weight.add_(torch.randn(weight.shape, generator=generator), alpha=DELTA_STD)
-        save_file({name: weight.to(torch.bfloat16) for name, weight in weights.items()}, finetuned / file)
+        for path in paths:
+            std = 0 if path == paths[0] else DELTA_STD
+            save_file(
+                {name: noisy(weight, std, generator).to(torch.bfloat16) for name, weight in weights.items()},
+                path / file,
+            )
         weight_map.update(dict.fromkeys(weights, file))
-    for path in (base, finetuned):
+    for path in paths:
         (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    return base, finetuned
+    return paths
+
+
+def noisy(weight: torch.Tensor, std: float, generator: torch.Generator) -> torch.Tensor:
+    return weight + std * torch.randn(weight.shape, generator=generator) if std else weight
+
+
+def config(shape: Shape) -> LlamaConfig:
+    return LlamaConfig(
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.hidden // 64,
+        num_key_value_heads=shape.keys // 64,
+        vocab_size=shape.vocabulary,
+        max_position_embeddings=2048,
+        tie_word_embeddings=False,
+        dtype="bfloat16",
+        architectures=["LlamaForCausalLM"],
+    )

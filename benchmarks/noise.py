@@ -6,20 +6,18 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from threading import Event, Thread
 
 import torch
-from transformers import LlamaConfig
 
 import delta_analysis as da
-from benchmarks.checkpoints import Shape, make_pair
+from benchmarks.checkpoints import Shape, make_models
+from benchmarks.process import anonymous, watching
 from benchmarks.timing import THREADS
 from delta_analysis.checkpoint import open_checkpoint
 from delta_analysis.family import sample_text_file
@@ -53,7 +51,7 @@ CONTESTANTS: dict[str, Callable[[Path, Path], None]] = {FORWARD: forward, WITH: 
 def report(shape: Shape) -> tuple[str, ...]:
     """Title, sentence and table, as markdown."""
     with TemporaryDirectory() as folder:
-        base, finetuned = make_model_pair(Path(folder), shape)
+        base, finetuned = make_models(Path(folder), shape)
         found = {}
         for name in CONTESTANTS:
             command = [sys.executable, "-m", "benchmarks.noise", name, str(base), str(finetuned)]
@@ -75,58 +73,20 @@ def report(shape: Shape) -> tuple[str, ...]:
     )
 
 
-def make_model_pair(folder: Path, shape: Shape) -> tuple[Path, Path]:
-    """A pair that transformers loads, with the tokenizer of an embedded model."""
-    config = LlamaConfig(
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.hidden // 64,
-        num_key_value_heads=shape.keys // 64,
-        vocab_size=shape.vocabulary,
-        max_position_embeddings=2048,
-        tie_word_embeddings=False,
-        dtype="bfloat16",
-        architectures=["LlamaForCausalLM"],
-    )
-    pair = make_pair(folder, shape)
-    for path in pair:
-        (path / "config.json").write_text(config.to_json_string(use_diff=False))
-        for file in zoo_model("zoo:small/base").glob("tokenizer*"):
-            shutil.copy(file, path)
-    return pair
-
-
 def _text() -> str:
     return sample_text_file().read_text(encoding="utf-8")
-
-
-def _anonymous() -> int:
-    """Bytes of this process that are no mapped file."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return int(next(line for line in lines if line.startswith("RssAnon")).split()[1]) * 1024
 
 
 def main() -> None:
     name, base, finetuned = sys.argv[1:]
     # What is compiled, and read for the first time, is not on the clock.
     CONTESTANTS[name](zoo_model("zoo:tiny/base"), zoo_model("zoo:tiny/instruct"))
-    before, peak = _anonymous(), 0
-    stop = Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not stop.wait(0.005):
-            peak = max(peak, _anonymous())
-
-    watcher = Thread(target=watch)
-    watcher.start()
+    before = anonymous()
     started = time.perf_counter()
-    CONTESTANTS[name](Path(base), Path(finetuned))
+    with watching() as most:
+        CONTESTANTS[name](Path(base), Path(finetuned))
     seconds = time.perf_counter() - started
-    stop.set()
-    watcher.join()
-    print(json.dumps({"seconds": seconds, "anonymous": peak - before}))
+    print(json.dumps({"seconds": seconds, "anonymous": most() - before}))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from safetensors import safe_open
 
 import delta_analysis as da
 from benchmarks import tables
-from benchmarks.checkpoints import LLAMA_7B, LLAMA_70B, SHARDS, Shape, make_pair
+from benchmarks.checkpoints import LLAMA_7B, LLAMA_70B, SHARDS, Shape, make_models
 from benchmarks.process import highest, resident
 from benchmarks.timing import THREADS
 from delta_analysis.tally import DECILES, MAGNITUDE_QUANTILES, THRESHOLDS
@@ -121,7 +121,7 @@ ONCE = (LEAN, PLAIN, MERGELENS)
 def readings(shape: Shape, names: Sequence[str]) -> dict[str, list[Reading]]:
     """The contestants' rounds, in turns, over files that are in the page cache."""
     with TemporaryDirectory(prefix=".pair-", dir=Path.cwd()) as folder:
-        base, finetuned = make_pair(Path(folder), shape)
+        base, finetuned = make_models(Path(folder), shape)
         read_only(base, finetuned)
         found: dict[str, list[Reading]] = {name: [] for name in names}
         for turn in range(ROUNDS):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import engine, noise, reading, tables
+from benchmarks import engine, merging, noise, reading, tables
 from benchmarks.checkpoints import LLAMA_1B, SMALL_PAIR
 from benchmarks.device import device_times
 from benchmarks.memory import Shares, memory_shares
@@ -59,6 +59,8 @@ def measure(shapes: tuple[tuple[int, int], ...], main_shape: tuple[int, int], bu
     pair = reading.report(SMALL_PAIR if quick else LLAMA_1B, SMALL_PAIR)
     say("noise in the layers of a pair")
     noises = noise.report(SMALL_PAIR if quick else LLAMA_1B)
+    say("a merge of three fine-tunes")
+    merged = merging.report(SMALL_PAIR if quick else LLAMA_1B)
     say("a sweep of the embedded family")
     swept = engine.report(quick=quick)
     parts = [
@@ -66,6 +68,7 @@ def measure(shapes: tuple[tuple[int, int], ...], main_shape: tuple[int, int], bu
         *swept,
         *pair,
         *noises,
+        *merged,
         *speed(races, shapes, main_shape, shares),
         "## Where the time goes",
         f"{tables.size_name(main_shape)}, one thread, ns an entry; a stage writes into memory that is ready.",

@@ -48,7 +48,7 @@ class Delta(Mapping[str, torch.Tensor]):
     edits: tuple[tuple[Pruner | Prune, int], ...] = ()
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return self.read(name)[0]
+        return self._read(name)[0]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.compared)
@@ -66,6 +66,11 @@ class Delta(Mapping[str, torch.Tensor]):
 
     def read(self, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The delta's tensor and the base's, both float32, each side read once; None without a base."""
+        tensor, base = self._read(name)
+        return tensor, None if base is None else to_float32(base)
+
+    def _read(self, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The delta's tensor, and the base's as it is stored."""
         match = self.compared[name]
         assert match.finetuned is not None
         tensor, base = match.finetuned.read(), None if match.base is None else match.base.read()
@@ -75,7 +80,7 @@ class Delta(Mapping[str, torch.Tensor]):
             tensor = _difference(tensor, base)
         for prune, seed in self._prunes:
             tensor = prune(tensor, name=name, seed=seed)
-        return tensor, None if base is None else to_float32(base)
+        return tensor, base
 
     @cached_property
     def _prunes(self) -> tuple[tuple[Prune, int], ...]:

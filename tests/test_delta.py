@@ -480,14 +480,14 @@ def test_the_whole_model_is_read_when_its_first_item_is_and_then_no_more(
     coarse: Delta, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reads: list[str] = []
-    real = Delta.read
+    real = Delta._read
 
     def read(self: Delta, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.edits:
             reads.append(name)
         return real(self, name)
 
-    monkeypatch.setattr(Delta, "read", read)
+    monkeypatch.setattr(Delta, "_read", read)
     pruned = coarse.pruned(Magnitude(0.5, "model"), seed=0)
     assert not reads
     first = pruned[LAYERS[2]]
