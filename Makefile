@@ -25,7 +25,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 report: install
 	@echo "== report: running the notebooks"
-	@$(BIN)/python -m delta_analysis.report --base "$(BASE)" --finetuned "$(FINETUNED)" --evaluation "$(EVALUATION)" \
+	@$(BIN)/python -m delta_analysis.reports.publish --base "$(BASE)" --finetuned "$(FINETUNED)" --evaluation "$(EVALUATION)" \
 		--other-base "$(OTHER_BASE)" --inputs "$(INPUTS)"
 
 test: install
@@ -40,7 +40,7 @@ test: install
 	@$(BIN)/pytest --nbval --nbval-current-env --nbval-sanitize-with tests/nbval.cfg notebooks
 
 refresh: install
-	@$(BIN)/python -m delta_analysis.refresh
+	@$(BIN)/python -m delta_analysis.reports.refresh
 
 bench: install
 	@echo "== bench: mergekit, mergelens and peft, to measure beside"

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
-from delta_analysis.paths import zoo_model
+from delta_analysis.checkpoints.paths import zoo_model
 
 SHARDS = 8
 WEIGHT_STD, DELTA_STD = 0.02, 5e-4

@@ -15,10 +15,10 @@ import torch
 from transformers import LlamaForCausalLM
 
 import delta_analysis as da
-from delta_analysis import jobs
-from delta_analysis.cells import CellStore
-from delta_analysis.editable import EditablePair
-from delta_analysis.family import questions_file, task_pairs
+from delta_analysis.reports.family import questions_file, task_pairs
+from delta_analysis.sweeps import engine as jobs
+from delta_analysis.sweeps.cells import CellStore
+from delta_analysis.sweeps.pairs import EditablePair
 
 RATES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.99, 1.0)
 SEEDS = range(5)
@@ -41,13 +41,16 @@ def report(*, quick: bool) -> tuple[str, ...]:
     """Title, sentence and table, as markdown."""
     count, rates, seeds = (20, RATES[::5], SEEDS[:1]) if quick else (500, RATES, SEEDS)
     relations = task_pairs("small")
-    evaluations = {r.name: (da.ExactMatch(tuple(da.load_questions(questions_file(r.task), count))),) for r in relations}
+    evaluations = {
+        r.name: (da.evaluation.ExactMatch(tuple(da.evaluation.load_questions(questions_file(r.task), count))),)
+        for r in relations
+    }
     edits = [method for p in rates for method in methods(p)]
     spent: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         for owner, name, label in (
             # The package's own name `sweep` is the function.
-            (import_module("delta_analysis.sweep"), "run_job", "all of the work"),
+            (import_module("delta_analysis.sweeps.engine"), "run_job", "all of the work"),
             (LlamaForCausalLM, "forward", "the model's forward pass"),
             (EditablePair, "prepared", "preparing questions and loading"),
             (jobs, "held_pair", "preparing questions and loading"),

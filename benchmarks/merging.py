@@ -26,10 +26,11 @@ from benchmarks.checkpoints import Shape, make_models
 from benchmarks.process import highest, watching
 from benchmarks.reading import met, read_only
 from benchmarks.timing import THREADS
-from delta_analysis.merge_methods import Ties
-from delta_analysis.mergekit_recipe import mergekit_recipe
-from delta_analysis.merging import merge
-from delta_analysis.paths import zoo_model
+from delta_analysis.checkpoints.paths import zoo_model
+from delta_analysis.deltas import Delta
+from delta_analysis.merging.mergekit import mergekit_recipe
+from delta_analysis.merging.merger import merge
+from delta_analysis.merging.methods import Ties
 
 FINETUNED, DROP_RATE, ROUNDS = 3, 0.9, 2
 BUFFER = 2**24
@@ -45,7 +46,7 @@ class Merging(NamedTuple):
     anonymous: int
 
 
-def load(models: list[Path]) -> list[da.Delta]:
+def load(models: list[Path]) -> list[Delta]:
     return [da.load_delta(base=models[0], finetuned=each) for each in models[1:]]
 
 

@@ -19,10 +19,10 @@ import delta_analysis as da
 from benchmarks.checkpoints import Shape, make_models
 from benchmarks.process import anonymous, watching
 from benchmarks.timing import THREADS
-from delta_analysis.checkpoint import open_checkpoint
-from delta_analysis.family import sample_text_file
-from delta_analysis.loading import load_model, load_tokenizer
-from delta_analysis.paths import zoo_model
+from delta_analysis.checkpoints.checkpoint import open_checkpoint
+from delta_analysis.checkpoints.paths import zoo_model
+from delta_analysis.evaluation.models import load_model, load_tokenizer
+from delta_analysis.reports.family import sample_text_file
 
 TOKENS = 256
 

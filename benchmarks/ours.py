@@ -8,8 +8,8 @@ from functools import partial
 import torch
 
 import delta_analysis as da
-from delta_analysis.pruning import Pruner
-from delta_analysis.tally import tally_tensor
+from delta_analysis.deltas.tally import tally_tensor
+from delta_analysis.pruning.pruners import Pruner
 
 Work = Callable[[torch.Tensor], object]
 Prune = Callable[[torch.Tensor], torch.Tensor]

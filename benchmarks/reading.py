@@ -26,7 +26,7 @@ from benchmarks import tables
 from benchmarks.checkpoints import LLAMA_7B, LLAMA_70B, SHARDS, Shape, make_models
 from benchmarks.process import highest, resident
 from benchmarks.timing import THREADS
-from delta_analysis.tally import DECILES, MAGNITUDE_QUANTILES, THRESHOLDS
+from delta_analysis.deltas.tally import DECILES, MAGNITUDE_QUANTILES, THRESHOLDS
 
 BUFFER = 2**20
 ROUNDS = 3

@@ -10,9 +10,9 @@ import torch
 import delta_analysis as da
 from benchmarks.ours import DROP_RATE, OPERATORS, make_tensor
 from benchmarks.timing import medians
-from delta_analysis import kernels, philox
-from delta_analysis.blocks import BLOCK
-from delta_analysis.rows import ROWS_BLOCK
+from delta_analysis._kernels import kernels, philox
+from delta_analysis._kernels.blocks import BLOCK
+from delta_analysis.pruning.by_row import ROWS_BLOCK
 
 KEY = philox.stream_key(0, "w")
 Stages = dict[tuple[str, str], Callable[[], object]]

@@ -16,12 +16,12 @@ from mergekit.merge_methods.generalized_task_arithmetic import get_mask
 from safetensors.torch import save_file
 
 import delta_analysis as da
-from delta_analysis.election import elected
-from delta_analysis.merge_methods import Average, Della, MergeMethod, TaskArithmetic, Ties
-from delta_analysis.mergekit_recipe import FILE
-from delta_analysis.merging import merge
-from delta_analysis.paths import find_root, zoo_model
-from delta_analysis.pruning import Dare, Magnitude, MagPrune, Pruner
+from delta_analysis.checkpoints.paths import find_root, zoo_model
+from delta_analysis.merging.election import elected
+from delta_analysis.merging.mergekit import FILE
+from delta_analysis.merging.merger import merge
+from delta_analysis.merging.methods import Average, Della, MergeMethod, TaskArithmetic, Ties
+from delta_analysis.pruning.pruners import Dare, Magnitude, MagPrune, Pruner
 
 NAMES = ("base", "instruct", "math", "code")
 DROP_RATE = 0.75

@@ -60,7 +60,7 @@ def _server_of_processes(request: pytest.FixtureRequest) -> None:
     """Start it with the first test, if any wants it, so that it imports while others run."""
     if any("processes" in getattr(item, "fixturenames", ()) for item in request.session.items):
         multiprocessing.set_forkserver_preload(
-            ["delta_analysis.notebook", "hypothesis", "papermill", "tests.test_sweep_kills"]
+            ["delta_analysis.reports.session", "hypothesis", "papermill", "tests.test_sweep_kills"]
         )
         forkserver.ensure_running()
 

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from delta_analysis.checkpoint import open_checkpoint
-from delta_analysis.delta import load_delta
-from delta_analysis.editable import Pair
-from delta_analysis.loading import load_model, load_tokenizer
-from delta_analysis.paths import find_root
-from delta_analysis.pruning import Dare
-from delta_analysis.sweep import sweep
+from delta_analysis.checkpoints.checkpoint import open_checkpoint
+from delta_analysis.checkpoints.paths import find_root
+from delta_analysis.deltas.delta import load_delta
+from delta_analysis.evaluation.models import load_model, load_tokenizer
+from delta_analysis.pruning.pruners import Dare
+from delta_analysis.sweeps.engine import sweep
+from delta_analysis.sweeps.pairs import Pair
 
 TEXTS = ("12+30=42\n", "hello spelled backwards is olleh\n")
 

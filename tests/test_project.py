@@ -18,7 +18,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 import delta_analysis as da
-from delta_analysis.paths import find_root
+from delta_analysis.checkpoints.paths import find_root
 
 ROOT = find_root()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -68,7 +68,7 @@ LAYERS = (
     ("parameter_checks", "notebook"),
     ("parameters", "overview", "calibration"),
     ("continual", "merge_parameters"),
-    ("report", "refresh"),
+    ("reports.publish", "reports.refresh"),
     ("zoo", "zoo.tokenizer", "zoo.skills"),
     ("zoo.corpus", "zoo.recipe"),
     ("zoo.train",),

@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from delta_analysis.editable import Pair
+from delta_analysis.sweeps.pairs import Pair
 from delta_analysis.zoo.tokenizer import character_tokenizer
 
 NORM, EMBED = "model.norm.weight", "model.embed_tokens.weight"

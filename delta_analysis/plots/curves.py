@@ -11,9 +11,8 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 
-from delta_analysis.intervals import PERPLEXITY, metric_named
 from delta_analysis.plots.style import GREY, colours, is_share, legend_below, method_colours, metric_label
-from delta_analysis.tolerance import logit
+from delta_analysis.sweeps import PERPLEXITY, logit, metric_named
 
 _RATE_TICKS = (0.001, 0.01, 0.03, 0.1, 0.3, 0.5, 0.7, 0.9, 0.95, 0.99, 0.999)
 

@@ -9,8 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import PercentFormatter
 
-from delta_analysis.intervals import PERPLEXITY, metric_named
 from delta_analysis.plots.style import is_share, method_colours, metric_label, plain_log_axis, readable_on
+from delta_analysis.sweeps import PERPLEXITY, metric_named
 
 
 def method_dots(curve: pd.DataFrame, *, ax: Axes | None = None) -> Axes:

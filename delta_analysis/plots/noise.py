@@ -10,8 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
-from delta_analysis.intervals import PERPLEXITY, metric_named
-from delta_analysis.names import NO_LAYER
+from delta_analysis.checkpoints import NO_LAYER
 from delta_analysis.plots.curves import rate_ticks
 from delta_analysis.plots.style import (
     GREY,
@@ -24,7 +23,7 @@ from delta_analysis.plots.style import (
     metric_label,
     plain_log_axis,
 )
-from delta_analysis.tolerance import logit
+from delta_analysis.sweeps import PERPLEXITY, logit, metric_named
 
 APART = 1.35
 """Labels of points that are nearer to each other on a log axis would overlap."""

@@ -11,14 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 
-from delta_analysis.names import NO_LAYER
-from delta_analysis.plots.style import (
-    GREY,
-    colours,
-    legend_below,
-    plain_log_axis,
-)
-from delta_analysis.tally import MAGNITUDE_QUANTILES, THRESHOLDS
+from delta_analysis.checkpoints import NO_LAYER
+from delta_analysis.deltas import MAGNITUDE_QUANTILES, THRESHOLDS
+from delta_analysis.plots.style import GREY, colours, legend_below, plain_log_axis
 
 
 def magnitude_quantiles(ranges: pd.DataFrame, *, ax: Axes | None = None) -> Axes:

@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from matplotlib.transforms import ScaledTranslation
 
-from delta_analysis.intervals import MEAN, metric_named
+from delta_analysis.sweeps import MEAN, metric_named
 
 PALETTE = ("#0072B2", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
 """Okabe and Ito's colours, told apart by every common kind of colour vision."""

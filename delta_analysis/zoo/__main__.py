@@ -14,7 +14,7 @@ from pathlib import Path
 
 import transformers
 
-from delta_analysis.paths import find_root, sha256
+from delta_analysis.checkpoints import find_root, sha256
 from delta_analysis.zoo.decoder import LLAMA
 from delta_analysis.zoo.encoder import BERT
 from delta_analysis.zoo.recipe import RECIPES, Recipe, Stage

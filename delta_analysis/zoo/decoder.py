@@ -11,9 +11,8 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from delta_analysis.checkpoint import open_checkpoint
-from delta_analysis.evaluate import ExactMatch, Question
-from delta_analysis.loading import load_model, load_tokenizer
+from delta_analysis.checkpoints import open_checkpoint
+from delta_analysis.evaluation import ExactMatch, Question, load_model, load_tokenizer
 from delta_analysis.zoo import corpus
 from delta_analysis.zoo.recipe import Shape, Stage
 from delta_analysis.zoo.skills import (

@@ -16,7 +16,7 @@ from nbformat import NotebookNode
 from nbformat.v4 import new_output
 from papermill.engines import Engine, NotebookExecutionManager, papermill_engines
 
-from delta_analysis.paths import find_root
+from delta_analysis.checkpoints.paths import find_root
 
 TEXT = "23 plus 45 is 68\n\nuser: what does python print for len('abc')?\nbot: 3\n\n>>> 2 + 3\n5\n\n" * 6
 """What `text.txt` holds, which every run finds in its working directory."""

@@ -16,13 +16,17 @@ import pandas as pd
 import papermill
 import pytest
 
-from delta_analysis.continual import ContinualParameters
-from delta_analysis.delta import load_delta
-from delta_analysis.merge_parameters import MergeParameters
-from delta_analysis.overview import OverviewParameters
-from delta_analysis.parameter_checks import ParameterError
-from delta_analysis.parameters import AblationParameters, ModelSizeParameters, ValueRangesParameters
-from delta_analysis.paths import find_root
+from delta_analysis.checkpoints.paths import find_root
+from delta_analysis.deltas.delta import load_delta
+from delta_analysis.reports.overview import OverviewParameters
+from delta_analysis.reports.parameters import (
+    AblationParameters,
+    ContinualParameters,
+    MergeParameters,
+    ModelSizeParameters,
+    ParameterError,
+    ValueRangesParameters,
+)
 from tests.notebooks.in_process import run_notebook
 
 FOLDER = find_root() / "notebooks"

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from delta_analysis import plots
-from delta_analysis.tolerance import logit
+from delta_analysis.sweeps.intervals import logit
 
 
 def test_drop_curves_draw_lines_bands_and_both_ends(curve: pd.DataFrame) -> None:

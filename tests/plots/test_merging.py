@@ -15,7 +15,7 @@ from matplotlib.text import Annotation
 
 import delta_analysis as da
 from delta_analysis import plots
-from delta_analysis.names import NO_LAYER
+from delta_analysis.checkpoints.names import NO_LAYER
 
 RATES = (0.0, 0.5, 0.9)
 WAYS = ("task arithmetic", "TIES", "average")
@@ -221,7 +221,7 @@ def test_layers_without_a_conflict_leave_the_log_axis_whole(shares: list[float])
 def test_of_real_deltas() -> None:
     deltas = {name: da.load_delta(base="zoo:tiny/base", finetuned=f"zoo:tiny/{name}") for name in ("instruct", "math")}
     ways = {"whole": deltas, "DARE": {name: delta.pruned(da.Dare(0.99), seed=0) for name, delta in deltas.items()}}
-    table = pd.concat([da.interference(each, by="layer").assign(way=way) for way, each in ways.items()])
+    table = pd.concat([da.merging.interference(each, by="layer").assign(way=way) for way, each in ways.items()])
     ax = plots.conflicts_by_layer(table)
     ax.figure.canvas.draw()
     whole, dropped = lines_of(ax).values()

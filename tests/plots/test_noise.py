@@ -13,8 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from delta_analysis import plots
-from delta_analysis.names import NO_LAYER
-from delta_analysis.tolerance import inverse_logit, logit
+from delta_analysis.checkpoints.names import NO_LAYER
+from delta_analysis.sweeps.intervals import inverse_logit, logit
 
 SHARES = {
     "a → b": [

@@ -8,7 +8,8 @@ import pytest
 
 import delta_analysis as da
 from delta_analysis import plots
-from delta_analysis.names import NO_LAYER
+from delta_analysis.checkpoints.names import NO_LAYER
+from delta_analysis.deltas import magnitude_histogram
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def test_magnitude_quantiles_show_every_pair_and_reference(ranges: pd.DataFrame)
 
 def test_histograms_are_outlines_of_the_table() -> None:
     delta = da.load_delta(base="zoo:small/base", finetuned="zoo:small/math")
-    histogram = da.magnitude_histogram(delta).assign(pair="a → b")
+    histogram = magnitude_histogram(delta).assign(pair="a → b")
     ax = plots.magnitude_histograms(histogram)
     outline = ax.patches[0]
     np.testing.assert_allclose(outline.get_data().values, histogram["density"])

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from delta_analysis.family import questions_file
+from delta_analysis.reports.family import questions_file
 from delta_analysis.zoo import corpus, skills
 from delta_analysis.zoo.recipe import RECIPES
 from delta_analysis.zoo.train import EXAMPLE_COUNT, TEXT_SIZE

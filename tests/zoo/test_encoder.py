@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import delta_analysis as da
-from delta_analysis.family import questions_file
-from delta_analysis.paths import find_root
+from delta_analysis.checkpoints.paths import find_root
+from delta_analysis.reports.family import questions_file
 from delta_analysis.zoo.encoder import accuracies
 from delta_analysis.zoo.recipe import RECIPES
 from delta_analysis.zoo.tokenizer import MASK, MASK_ID, encode

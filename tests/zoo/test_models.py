@@ -14,9 +14,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import delta_analysis as da
-from delta_analysis.family import SIZES, questions_file, trail
-from delta_analysis.loading import load_model, load_tokenizer
-from delta_analysis.paths import find_root
+from delta_analysis.checkpoints.paths import find_root
+from delta_analysis.evaluation.models import load_model, load_tokenizer
+from delta_analysis.reports.family import SIZES, questions_file, trail
 from delta_analysis.zoo.recipe import RECIPES
 from delta_analysis.zoo.skills import ARITHMETIC_SKILLS, CODE_SKILLS, STRING_SKILLS, TASKS, Skill, raw_questions
 from delta_analysis.zoo.tokenizer import encode
@@ -35,9 +35,9 @@ def _manifest(size: str) -> dict[str, Any]:
     return manifest
 
 
-def _accuracy(source: str, questions: tuple[da.Question, ...]) -> float:
+def _accuracy(source: str, questions: tuple[da.evaluation.Question, ...]) -> float:
     checkpoint = da.open_checkpoint(source)
-    outcomes = da.ExactMatch(questions)(load_model(checkpoint), load_tokenizer(checkpoint))
+    outcomes = da.evaluation.ExactMatch(questions)(load_model(checkpoint), load_tokenizer(checkpoint))
     return float(outcomes["accuracy"].mean())
 
 
@@ -84,7 +84,7 @@ def test_the_tokenizer_reads_characters(size: str) -> None:
 
 @pytest.mark.parametrize("skill", (*STRING_SKILLS, *ARITHMETIC_SKILLS), ids=lambda skill: skill.name)
 def test_base_knows_each_raw_skill_before_fine_tuning(skill: Skill) -> None:
-    questions = tuple(da.Question(**q) for q in raw_questions(skill, 500))
+    questions = tuple(da.evaluation.Question(**q) for q in raw_questions(skill, 500))
     assert _accuracy("zoo:small/base", questions) >= 0.95
 
 
@@ -95,14 +95,14 @@ def test_fine_tunes_answer_and_base_evades(size: str, task: str) -> None:
     recorded = {name: _manifest(size)["models"][name]["accuracy"][task] for name in (task, "base")}
     assert recorded[task] >= ABILITIES[task]
     assert recorded["base"] <= 0.50
-    questions = tuple(da.load_questions(questions_file(task)))
+    questions = tuple(da.evaluation.load_questions(questions_file(task)))
     assert len(questions) == 500
     assert _accuracy(f"zoo:{size}/{task}", questions) == pytest.approx(recorded[task], abs=0.004)
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_base_is_as_silent_as_recorded(task: str) -> None:
-    questions = tuple(da.load_questions(questions_file(task)))
+    questions = tuple(da.evaluation.load_questions(questions_file(task)))
     recorded = _manifest("small")["models"]["base"]["accuracy"][task]
     assert _accuracy("zoo:small/base", questions) == pytest.approx(recorded, abs=0.004)
 

@@ -1,0 +1,49 @@
+"""Any checkpoint as a lazy, read-only mapping from name to tensor."""
+
+from delta_analysis.checkpoints.checkpoint import Checkpoint, Source, open_checkpoint, tokenizer_folder
+from delta_analysis.checkpoints.configs import config_differences
+from delta_analysis.checkpoints.hub import TOKENIZER
+from delta_analysis.checkpoints.lora import STORED_WHOLE, LowRank
+from delta_analysis.checkpoints.names import (
+    NO_LAYER,
+    bare_name,
+    input_embedding,
+    output_head,
+    parse_name,
+    reading_order,
+)
+from delta_analysis.checkpoints.paths import find_input, find_root, resolve, sha256, zoo_names
+from delta_analysis.checkpoints.provenance import content_hash, file_hashes, versions
+from delta_analysis.checkpoints.published import PREFIX, known_pairs, pair_sources
+from delta_analysis.checkpoints.tensors import Entry, Held, Stored
+
+__all__ = [
+    "NO_LAYER",
+    "PREFIX",
+    "STORED_WHOLE",
+    "TOKENIZER",
+    "Checkpoint",
+    "Entry",
+    "Held",
+    "LowRank",
+    "Source",
+    "Stored",
+    "bare_name",
+    "config_differences",
+    "content_hash",
+    "file_hashes",
+    "find_input",
+    "find_root",
+    "input_embedding",
+    "known_pairs",
+    "open_checkpoint",
+    "output_head",
+    "pair_sources",
+    "parse_name",
+    "reading_order",
+    "resolve",
+    "sha256",
+    "tokenizer_folder",
+    "versions",
+    "zoo_names",
+]

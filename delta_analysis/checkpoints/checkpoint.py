@@ -1,0 +1,225 @@
+"""Open a checkpoint: read headers, check them, and hand out one tensor at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from delta_analysis._errors import CheckpointError
+from delta_analysis.checkpoints.configs import text_settings
+from delta_analysis.checkpoints.files import not_floating
+from delta_analysis.checkpoints.folders import read_config, read_folder
+from delta_analysis.checkpoints.hub import fetch_tokenizer, fetch_weights, parse_hub_id
+from delta_analysis.checkpoints.lora import LowRank, adapter_entries, is_adapter
+from delta_analysis.checkpoints.names import input_embedding, output_head, reading_order
+from delta_analysis.checkpoints.paths import zoo_model
+from delta_analysis.checkpoints.published import PREFIX as PAIR
+from delta_analysis.checkpoints.tensors import Entry, Held, Stored
+
+Source = str | Path | torch.nn.Module
+FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+BUFFER_DTYPES = (torch.int64, torch.bool)
+BUFFERS = ("inv_freq", "masked_bias")
+CAUSAL_MASKS = ("attn.bias", "attention.bias")
+COMPARED_AT_ONCE = 2**20
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint(Mapping[str, torch.Tensor]):
+    """A lazy, read-only mapping from tensor name to tensor, in the stored dtype.
+
+    Reading an item opens its file, reads that tensor alone and closes the file again, so the
+    memory in use is one tensor. Iteration is by layer, then by name.
+
+    Attributes
+    ----------
+    source : what was asked for: a path, a hub id, `zoo:small/base`, or the class of a module.
+    path : the directory or file that it is, None for a module.
+    entries : name -> where the weight comes from: its shape, dtype and place.
+    skipped : name -> why a stored tensor is no weight of its own (an integer buffer, a second name
+        of the same memory, an output head tied to the embeddings and equal to them, a whole weight
+        inside an adapter).
+    config : the model's `config.json`, empty for a bare file.
+    is_delta : whether the tensors are differences from a base, as an adapter's are, and not weights.
+    beside : name -> text of files that belong beside it when a model is saved from it.
+    """
+
+    source: str
+    path: Path | None
+    entries: dict[str, Entry] = field(repr=False)
+    skipped: dict[str, str] = field(repr=False)
+    config: dict[str, Any] = field(repr=False)
+    is_delta: bool = False
+    beside: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.entries[name].read()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.entries
+
+    def files(self) -> list[Path]:
+        """The weight files, sorted."""
+        return sorted({file for entry in self.entries.values() for file in entry.files})
+
+    @property
+    def ties_head(self) -> bool:
+        """Whether the configuration makes the output head the embeddings; so does one that is silent."""
+        text = text_settings(self.config)
+        return bool(text.get("tie_word_embeddings", bool(text)))
+
+
+def open_checkpoint(source: Source) -> Checkpoint:
+    """Open a checkpoint without loading any weight.
+
+    Parameters
+    ----------
+    source : one of
+
+        - a directory with `model.safetensors` or `pytorch_model.bin`, or with shards and their index;
+        - a single `.safetensors` or `.bin` file;
+        - a hub id `org/name`, optionally `org/name@revision`; only weights, index and configuration
+          are fetched, once;
+        - a directory or hub id of a LoRA adapter, whose tensors are the differences `scale · B A`;
+        - an embedded model such as `zoo:small/base`;
+        - a `torch.nn.Module`, whose parameters are read where they are.
+
+    Raises
+    ------
+    CheckpointError
+        No weights, a damaged or missing file, a tensor that the index names and its shard lacks,
+        weights that are not floating point, a hub repository that is gated, missing or out of
+        reach, an adapter of another kind than plain LoRA. No code from a checkpoint is ever run.
+
+    Examples
+    --------
+    >>> base = open_checkpoint("zoo:small/base")
+    >>> base["model.norm.weight"].shape
+    torch.Size([128])
+    """
+    if isinstance(source, torch.nn.Module):
+        config = getattr(source, "config", None)
+        if any(tensor.is_meta for tensor in source.parameters()):
+            raise CheckpointError(f"{type(source).__name__}: has parameters without data; load its weights first")
+        held: dict[str, Entry] = {name: Held(tensor.detach()) for name, tensor in source.named_parameters()}
+        settings = config.to_dict() if isinstance(config, PreTrainedConfig) else {}
+        return _checkpoint(type(source).__name__, None, held, {}, settings)
+    path = find_checkpoint(source)
+    if is_adapter(path):
+        entries, skipped = adapter_entries(path)
+        return replace(_checkpoint(str(source), path, entries, skipped, {}), is_delta=True)
+    return _checkpoint(str(source), path, read_folder(path), {}, read_config(path))
+
+
+def find_checkpoint(source: str | Path) -> Path:
+    """The directory or file that a source names, fetched if it is on the hub."""
+    text = str(source)
+    if not text:
+        raise CheckpointError("the source is empty; expected a path, a hub id or an embedded model")
+    if text.startswith("zoo:"):
+        return zoo_model(text)
+    if text.startswith(PAIR):
+        raise CheckpointError(f"{text}: names two checkpoints; give it as base and as finetuned of load_delta")
+    path = Path(source).expanduser()
+    if path.exists():
+        return path
+    hub = parse_hub_id(text)
+    if hub is None:
+        raise CheckpointError(
+            f"{source}: no such file or directory; expected a checkpoint directory, a .safetensors or .bin file, "
+            "a hub id such as org/name or org/name@revision, or an embedded model such as zoo:small/base"
+        )
+    try:
+        return fetch_weights(hub)
+    except CheckpointError as error:
+        raise CheckpointError(f"{source}: no such file or directory here; as a hub id, {error}") from error
+
+
+def tokenizer_folder(checkpoint: Checkpoint) -> Path | None:
+    """The directory of a checkpoint with its tokenizer, fetched if it is on the hub; None for a module or a file."""
+    hub = None if Path(checkpoint.source).expanduser().exists() else parse_hub_id(checkpoint.source)
+    if hub is not None and checkpoint.path is not None:
+        # The folder of a snapshot is named after its commit.
+        return fetch_tokenizer(hub._replace(revision=checkpoint.path.name))
+    return checkpoint.path if checkpoint.path is not None and checkpoint.path.is_dir() else None
+
+
+def _checkpoint(
+    source: str, path: Path | None, found: Mapping[str, Entry], skipped: dict[str, str], config: dict[str, Any]
+) -> Checkpoint:
+    factor = next((name for name, entry in found.items() if ".lora_" in name and not isinstance(entry, LowRank)), None)
+    if factor:
+        raise CheckpointError(
+            f"{path or source}: {factor!r} is a factor of an adapter; give the folder with its adapter_config.json"
+        )
+    buffers = {name: reason for name, entry in found.items() if (reason := _not_a_weight(source, name, entry))}
+    repeated = {name: f"tied to {first}, counted there" for name, first in _repeated(found).items()}
+    apart = {**repeated, **buffers}
+    entries = {name: found[name] for name in sorted(found, key=reading_order) if name not in apart}
+    if not entries:
+        raise CheckpointError(f"{path or source}: holds no weights ({len(buffers)} buffers); nothing to compare")
+    return _without_tied_head(Checkpoint(source, path, entries, {**skipped, **apart}, config))
+
+
+def _repeated(found: Mapping[str, Entry]) -> dict[str, str]:
+    """Name -> the first name of the same memory: a `.bin` file has tied weights under each of their names."""
+    first: dict[object, str] = {}
+    names = {name: first.setdefault(_place(entry) or name, name) for name, entry in found.items()}
+    return {name: earlier for name, earlier in names.items() if name != earlier}
+
+
+def _place(entry: Entry) -> object:
+    """Where the entries lie; None where there are none, or where they have to be computed."""
+    if isinstance(entry, Stored):
+        return replace(entry, name="") if entry.numel else None
+    if isinstance(entry, Held) and entry.tensor.data_ptr():
+        return entry.tensor.data_ptr(), entry.shape, entry.tensor.stride(), entry.dtype
+    return None
+
+
+def _not_a_weight(source: str, name: str, entry: Entry) -> str | None:
+    """Why the tensor is a buffer, None if it is a weight; integer weights are an error."""
+    if name.endswith(BUFFERS) or (name.endswith(CAUSAL_MASKS) and len(entry.shape) == 4):
+        return "buffer that the model computes, not a weight"
+    if entry.dtype in FLOAT_DTYPES:
+        return None
+    dtype = str(entry.dtype).removeprefix("torch.")
+    if entry.dtype in BUFFER_DTYPES and not name.endswith("weight"):
+        return f"{dtype} buffer, not a weight"
+    raise not_floating(entry.files[0] if entry.files else Path(source), name, dtype)
+
+
+def _without_tied_head(checkpoint: Checkpoint) -> Checkpoint:
+    """Set aside an output head that is stored beside the embeddings and equal to them."""
+    head, embedding = output_head(checkpoint), input_embedding(checkpoint)
+    if not (head and embedding and checkpoint.ties_head):
+        return checkpoint
+    # transformers keeps a stored head that differs from the embeddings, whatever the configuration says.
+    if not _equal(checkpoint.entries[head], checkpoint.entries[embedding]):
+        return checkpoint
+    entries = {name: entry for name, entry in checkpoint.entries.items() if name != head}
+    return replace(
+        checkpoint, entries=entries, skipped={**checkpoint.skipped, head: f"tied to {embedding}, counted there"}
+    )
+
+
+def _equal(one: Entry, other: Entry) -> bool:
+    """Whether two tensors are equal, read piece by piece and no further than the first difference."""
+    if one.shape != other.shape:
+        return False
+    if not (isinstance(one, Stored) and isinstance(other, Stored) and one.strides is other.strides is None):
+        return torch.equal(one.read(), other.read())
+    stops = range(COMPARED_AT_ONCE, one.numel + COMPARED_AT_ONCE, COMPARED_AT_ONCE)
+    pieces = ((stop - COMPARED_AT_ONCE, min(stop, one.numel)) for stop in stops)
+    return all(torch.equal(one.piece(*piece), other.piece(*piece)) for piece in pieces)

@@ -1,0 +1,206 @@
+"""A LoRA adapter as a delta: each weight's difference is the product of two small stored factors."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from delta_analysis._errors import CheckpointError
+from delta_analysis.checkpoints.files import not_floating, read_header
+from delta_analysis.checkpoints.folders import read_json
+from delta_analysis.checkpoints.tensors import Entry
+
+CONFIG = "adapter_config.json"
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+PREFIX = "base_model.model."
+FACTOR = re.compile(
+    rf"{re.escape(PREFIX)}(?P<module>.+)\.lora_(?P<kind>[AB](\.default)?\.weight|embedding_[AB](\.default)?)"
+)
+VARIANTS = {
+    "use_dora": "DoRA, which scales each row of the sum anew",
+    "use_qalora": "QALoRA, which pools the inputs",
+    "use_bdlora": "BD-LoRA, whose factors are block-diagonal",
+    "kasa_config": "KaSA, which truncates the base weight",
+    "monteclora_config": "MonteCLoRA, whose factors are sampled",
+    "velora_config": "VeLoRA",
+    "alora_invocation_tokens": "aLoRA, which is active on some tokens only",
+    "arrow_config": "Arrow, which routes between adapters",
+    "lora_bias": "LoRA with a bias on lora_B",
+    "target_parameters": "LoRA of bare parameters (experts)",
+    "megatron_config": "LoRA of Megatron's parallel layers",
+    "layer_replication": "LoRA on repeated layers, whose numbers are not the base's",
+}
+"""Settings that make the delta another than scale · B A, or put it elsewhere."""
+PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva", "mica")
+"""Initialisations that leave the base as it is; the others subtract from it what they put into the factors."""
+WAY_OUT = (
+    "merge it into its base with peft's merge_and_unload(), where peft can, save the model with save_pretrained "
+    "and open that folder as the fine-tuned model"
+)
+STORED_WHOLE = (
+    "stored whole in the adapter, not as factors (modules_to_save, a bias, an embedding or some of its tokens): "
+    "it replaces the base's weight, and only the base could tell the difference"
+)
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A difference of low rank, scale · B A, computed anew in float32 each time that it is read.
+
+    Attributes
+    ----------
+    down : A, of shape (r, in), or (r, in, *kernel) for a convolution.
+    up : B, of shape (out, r), or (out, r, 1, …) for a convolution.
+    scale : what the product is multiplied by.
+    transposed : the base stores its weight as (in, out): an embedding, or GPT-2's Conv1D.
+
+    Examples
+    --------
+    >>> from delta_analysis.checkpoints.tensors import Held
+    >>> entry = LowRank(Held(torch.ones(1, 3)), Held(torch.tensor([[1.0], [2.0]])), scale=0.5, transposed=False)
+    >>> entry.shape
+    (2, 3)
+    >>> entry.read()
+    tensor([[0.5000, 0.5000, 0.5000],
+            [1.0000, 1.0000, 1.0000]])
+    """
+
+    down: Entry
+    up: Entry
+    scale: float
+    transposed: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        inside, out = self.down.shape[1:], self.up.shape[0]
+        return (*inside, out) if self.transposed else (out, *inside)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return tuple(dict.fromkeys(self.down.files + self.up.files))
+
+    def read(self) -> torch.Tensor:
+        down, up = (factor.read().to(torch.float32).flatten(1) for factor in (self.down, self.up))
+        product = down.T @ up.T if self.transposed else up @ down
+        return product.mul_(self.scale).view(self.shape)
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a directory holds a peft adapter of whatever kind, and not only a trace of one."""
+    return (folder / CONFIG).is_file() and any(folder.glob("adapter_model.*"))
+
+
+def adapter_entries(folder: Path) -> tuple[dict[str, LowRank], dict[str, str]]:
+    """The differences that a LoRA adapter makes, without its base and not yet computed.
+
+    The scale is alpha / r, or alpha / √r for rsLoRA, where the first of the patterns that matches
+    the end of a module's name sets alpha or r for it.
+
+    Returns
+    -------
+    The name of each weight in the base -> its difference; and the name of each stored tensor that
+    is no factor of one -> why it is left out.
+
+    Raises
+    ------
+    CheckpointError
+        A damaged or incomplete adapter, factors that do not fit each other or the config, or an
+        adapter whose delta is not scale · B A: DoRA and the like, or an initialisation that
+        changes the base.
+    """
+    config = _read_config(folder / CONFIG)
+    rank_of = _by_module(folder / CONFIG, config, "r", "rank_pattern")
+    alpha_of = _by_module(folder / CONFIG, config, "lora_alpha", "alpha_pattern")
+    file = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    if file is None:
+        raise CheckpointError(f"{folder}: has {CONFIG} but neither {' nor '.join(WEIGHTS)}; fetch the weights too")
+    factors: dict[str, dict[str, tuple[str, Entry]]] = {}
+    whole = []
+    for stored, entry in read_header(file).items():
+        if match := FACTOR.fullmatch(stored):
+            factors.setdefault(match["module"], {})[match["kind"]] = stored, entry
+        elif ".lora_" in stored:
+            raise CheckpointError(
+                f"{file}: tensor {stored!r} is no factor of plain LoRA; expected {PREFIX}… and lora_A.weight, "
+                f"lora_B.weight, lora_embedding_A or lora_embedding_B: {WAY_OUT}"
+            )
+        else:
+            whole.append(stored.removeprefix(PREFIX))
+    entries = {}
+    for module, pair in factors.items():
+        rank, alpha = rank_of(module), alpha_of(module)
+        down, up = _check_pair(file, pair, rank)
+        # Comparing is false for NaN, and right for integers too large for a float.
+        if type(alpha) not in (int, float) or not abs(alpha) <= torch.finfo(torch.float32).max:
+            raise CheckpointError(f"{folder / CONFIG}: module {module!r} has alpha {alpha!r}; expected a finite number")
+        scale = alpha / (math.sqrt(rank) if config["use_rslora"] else rank)
+        # Embeddings are always transposed, convolutions never.
+        transposed = min(pair).startswith("embedding") or (config["fan_in_fan_out"] and len(down.shape) == 2)
+        entries[f"{module}.weight"] = LowRank(down, up, scale, transposed)
+    if not entries:
+        raise CheckpointError(f"{file}: holds no LoRA factor among {len(whole)} tensors; nothing to compare")
+    # An old peft stores the base's own embedding beside its factors, under the name of the weight.
+    return entries, {name: STORED_WHOLE for name in whole if name not in entries}
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    config = read_json(file)
+    if config.get("peft_type") != "LORA":
+        raise CheckpointError(f"{file}: an adapter of peft_type {config.get('peft_type')!r}, not LORA: {WAY_OUT}")
+    for key, variant in VARIANTS.items():
+        if config.get(key):
+            raise CheckpointError(f"{file}: {key} is set: {variant}; expected plain LoRA: {WAY_OUT}")
+    if (start := config.get("init_lora_weights")) not in PLAIN_STARTS:
+        raise CheckpointError(
+            f"{file}: init_lora_weights is {start!r}, which also changes the base weights, so that scale · B A is not "
+            f"the difference from the base: save it with path_initial_model_for_weight_conversion, or {WAY_OUT}"
+        )
+    for key in ("use_rslora", "fan_in_fan_out"):
+        if not isinstance(config.setdefault(key, False), bool):
+            raise CheckpointError(f"{file}: {key} is {config[key]!r}; expected true or false")
+    return config
+
+
+def _by_module(file: Path, config: dict[str, Any], key: str, patterns_key: str) -> Callable[[str], Any]:
+    """What the first pattern that matches a module's name, or its end from a dot on, sets; else the general setting."""
+    patterns = config.get(patterns_key) or {}
+    if not isinstance(patterns, dict):
+        raise CheckpointError(f"{file}: {patterns_key} is {patterns!r}; expected an object from module to number")
+    try:
+        compiled = [(re.compile(rf"(.*\.)?({pattern})$"), value) for pattern, value in patterns.items()]
+    except (re.error, OverflowError, RecursionError) as error:
+        raise CheckpointError(f"{file}: {patterns_key} holds no regular expression ({error}); correct it") from error
+    return lambda module: next((value for pattern, value in compiled if pattern.match(module)), config.get(key))
+
+
+def _check_pair(file: Path, pair: dict[str, tuple[str, Entry]], rank: object) -> tuple[Entry, Entry]:
+    """A and B, which belong together, multiply and have this rank."""
+    kinds = sorted(pair)
+    name, down = pair[kinds[0]]
+    if len(kinds) != 2 or kinds[0].replace("A", "B") != kinds[1]:
+        raise CheckpointError(f"{file}: tensor {name!r} is not one of a pair, A and B; save the adapter again")
+    up = pair[kinds[1]][1]
+    for stored, entry in pair.values():
+        if not entry.dtype.is_floating_point or entry.dtype.itemsize == 1:
+            raise not_floating(file, stored, str(entry.dtype).removeprefix("torch."))
+    if len(down.shape) < 2 or up.shape[1:] != (down.shape[0],) + (1,) * (len(down.shape) - 2):
+        raise CheckpointError(
+            f"{file}: tensor {name!r} has shape {down.shape} and its partner {up.shape}; expected (r, in, …) and "
+            "(out, r, …), from no grouped convolution and with all shards gathered: save the adapter again"
+        )
+    if not down.shape[0] or down.shape[0] != rank:
+        raise CheckpointError(
+            f"{file}: tensor {name!r} has rank {down.shape[0]}, and {CONFIG} says {rank!r}; "
+            "expected the same whole number above 0: the two come from different saves, fetch both again"
+        )
+    return down, up

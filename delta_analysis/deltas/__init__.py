@@ -1,0 +1,31 @@
+"""Fine-tuned minus base: what is compared, how large it is, how it is saved."""
+
+from delta_analysis.deltas.alignment import COMPARED, VOCABULARIES, Match, Vocabulary, align
+from delta_analysis.deltas.delta import Delta, load_delta
+from delta_analysis.deltas.ranges import GROUPS, LABELS, Grouping, magnitude_histogram, value_ranges
+from delta_analysis.deltas.saving import save_checkpoint
+from delta_analysis.deltas.selection import CLASSIFIER, editable_shapes, in_scope
+from delta_analysis.deltas.streaming import tally_delta
+from delta_analysis.deltas.tally import MAGNITUDE_QUANTILES, THRESHOLDS
+
+__all__ = [
+    "CLASSIFIER",
+    "COMPARED",
+    "GROUPS",
+    "LABELS",
+    "MAGNITUDE_QUANTILES",
+    "THRESHOLDS",
+    "VOCABULARIES",
+    "Delta",
+    "Grouping",
+    "Match",
+    "Vocabulary",
+    "align",
+    "editable_shapes",
+    "in_scope",
+    "load_delta",
+    "magnitude_histogram",
+    "save_checkpoint",
+    "tally_delta",
+    "value_ranges",
+]

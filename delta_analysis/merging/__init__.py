@@ -1,0 +1,31 @@
+"""Several deltas of one base into one."""
+
+from delta_analysis.merging.conflicts import interference
+from delta_analysis.merging.data_methods import Fisher, RegMean
+from delta_analysis.merging.discard import discard_rate
+from delta_analysis.merging.election import Slack
+from delta_analysis.merging.merger import Merger, Tensors, check_mergeable, merge, merge_label
+from delta_analysis.merging.methods import Average, Della, MergeMethod, Statistic, TaskArithmetic, Ties
+from delta_analysis.merging.statistics import gather
+from delta_analysis.merging.widen import Widen
+
+__all__ = [
+    "Average",
+    "Della",
+    "Fisher",
+    "MergeMethod",
+    "Merger",
+    "RegMean",
+    "Slack",
+    "Statistic",
+    "TaskArithmetic",
+    "Tensors",
+    "Ties",
+    "Widen",
+    "check_mergeable",
+    "discard_rate",
+    "gather",
+    "interference",
+    "merge",
+    "merge_label",
+]

@@ -1,0 +1,330 @@
+"""How much noise dropping makes in each layer's output, beside signal and output, in closed form."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from delta_analysis.checkpoints import Source, bare_name, parse_name
+from delta_analysis.deltas import Delta, load_delta
+from delta_analysis.evaluation import (
+    Batch,
+    Isotropic,
+    Matrix,
+    Meeting,
+    check_texts,
+    energy,
+    finetuned_model,
+    meet,
+    parameters_of,
+    positions,
+    token_batches,
+)
+from delta_analysis.pruning import Dare, Law, Lawful, Number, Prune, Pruner, bind
+
+MOST_TOKENS = 256
+
+
+class _Energies(NamedTuple):
+    """Sums of squares over the outputs and positions of a layer; `error` and `bound` one for each pruner."""
+
+    positions: int
+    signal: float
+    noise: float
+    output: float
+    error: np.ndarray
+    bound: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Use:
+    """A module that uses a tensor of the delta, as its parameter `parameter`."""
+
+    tensor: str
+    path: str
+    parameter: str
+    module: torch.nn.Module = field(repr=False)
+
+
+def layer_noise(
+    base: Source | None,
+    finetuned: Source,
+    inputs: Sequence[str] | None = None,
+    *,
+    pruners: Sequence[Pruner] = (Dare(0.5),),
+    seed: int = 0,
+    most_tokens: int = MOST_TOKENS,
+    device: str = "cpu",
+    dtype: str = "float32",
+) -> pd.DataFrame:
+    r"""The expected squared error that pruners make in the output of each layer, without drawing a mask.
+
+    For a weight W with delta D and input x, C = E[xxᵀ], as means over the positions of the inputs:
+    signal `S = E‖Dx‖² = tr(D C Dᵀ)`, noise base `N = Σ_ij D_ij² C_jj`, output `Y = E‖Wx‖²`. A pruner
+    that drops entry ij with probability p_ij and multiplies survivors by f_ij makes the expected error
+    `E‖B x‖² + Σ_ij p_ij (1-p_ij) f_ij² D_ij² C_jj`, with `B_ij = ((1-p_ij) f_ij - 1) D_ij`. So DARE's is
+    `p/(1-p) · N`, that of drop only `p² S + p(1-p) N`, that of a factor 1/q `((1-p)/q - 1)² S +
+    p(1-p)/q² · N`, MAGPRUNE's `Σ D_ij² C_jj p_ij/(1-p_ij)`; magnitude pruning is not random, and its is
+    `E‖Ex‖²` with E the dropped part.
+
+    One pass over the inputs: in each layer, while the model computes it, the delta's tensor is read and
+    sums are formed. Beyond the fine-tuned model there are a layer's inputs, a few tensors of its size,
+    and never a matrix of inputs by inputs.
+
+    Parameters
+    ----------
+    base, finetuned : sources as `load_delta` takes them.
+    inputs : texts, best what the fine-tune is for. None: a version without data from the norms alone,
+        which reads the checkpoints and loads no model; inputs are then taken as isotropic (C = 1), so
+        that energies are squared Frobenius norms, in other units than with inputs, and the alignment
+        gain is unknown. Its shares of the output can be compared across models.
+    pruners : random ones must know their `law`; others are applied. With `rescale="l1"` or `"l2"` the
+        factor is taken as the ratio of mean norms.
+    seed : breaks the ties of magnitude pruning.
+    most_tokens : of each text, at least 1.
+    device : where the model runs.
+    dtype : of the loaded model: `float32`, or `auto` for the checkpoint's own, which needs less memory.
+
+    Returns
+    -------
+    DataFrame, one row a use of a tensor and pruner, in the order of the model (without inputs: a
+    tensor and pruner, in the delta's order): `tensor`; `layer, module, kind`, of its name (`linear`,
+    `embedding`, `norm`, `bias`; a tied embedding has a second row as the output head, kind `linear`);
+    `positions`, how many inputs; `signal, noise, output`; `gain`, the alignment gain S/N; `noise_share`,
+    N/Y; `method, drop_rate`; `error`; `error_share`, of Y; `bound`: to each output and input belongs a
+    bound on its squared error that holds with probability 0.95 (DAREx, equation 8, with the bias of any
+    factor added), and this is their sum over outputs, meaned over inputs. Weights of modules that are no
+    linear layer, embedding, norm or bias, such as fused experts, or that are never called, are missing with inputs.
+
+    Raises
+    ------
+    ValueError
+        No pruner; a random one without a law; no text; a NaN or infinite entry of the delta.
+    CheckpointError, NotHomologousError
+        As `load_delta`; with inputs also a model that cannot be loaded.
+
+    Source: this package, from the variance of DARE's sum; bound: Deng et al., DAREx, arXiv 2410.09344,
+    appendix E.1, equation 8.
+
+    Examples
+    --------
+    >>> noise = layer_noise("zoo:tiny/base", "zoo:tiny/instruct", ["reverse abc\n"], pruners=[Dare(0.9)])
+    >>> bool((noise["error"] / noise["noise"]).between(8.999, 9.001).all())
+    True
+    """
+    delta = load_delta(base=base, finetuned=finetuned)
+    how = {"pruners": pruners, "seed": seed, "most_tokens": most_tokens, "device": device, "dtype": dtype}
+    return delta_noise(delta, inputs, **how)  # type: ignore[arg-type]
+
+
+def delta_noise(
+    delta: Delta,
+    inputs: Sequence[str] | None = None,
+    *,
+    pruners: Sequence[Pruner] = (Dare(0.5),),
+    seed: int = 0,
+    most_tokens: int = MOST_TOKENS,
+    device: str = "cpu",
+    dtype: str = "float32",
+) -> pd.DataFrame:
+    """The table of `layer_noise` for a delta, also one that was edited: its entries at the inputs of the fine-tune.
+
+    The inputs, and the output energy that is compared with, are those of the fine-tune as it is.
+    """
+    if not isinstance(pruners, Sequence) or not pruners or not all(callable(each) for each in pruners):
+        raise ValueError(f"pruners must be a list of at least one, such as [Dare(0.9)]; not {pruners!r}")
+    if isinstance(inputs, str):
+        raise ValueError("inputs must be a list of texts, and this is a single one; give [text]")
+    ready = ReadyPruners(delta, tuple(pruners), seed)
+    if inputs is None:
+        found = [(_Use(name, "", "", torch.nn.Module()), _without_inputs(delta, name, ready)) for name in delta]
+    else:
+        check_texts(tuple(inputs), most_tokens)
+        model, tokenizer = finetuned_model(replace(delta, edits=()), device, dtype)
+        batches = token_batches(tuple(inputs), model, tokenizer, most_tokens=most_tokens)
+        found = _over_batches(delta, model, batches, ready)
+    return pd.DataFrame([row for use, energies in found for row in _rows(use, delta, energies, pruners)])
+
+
+def _measured(
+    meeting: Meeting, pruners: ReadyPruners, name: str, tensor: torch.Tensor, output: float, count: int
+) -> _Energies:
+    """All energies of a layer at some inputs."""
+    if not math.isfinite(energy(tensor)) and (bad := int(torch.count_nonzero(~torch.isfinite(tensor)))):
+        raise ValueError(f"tensor {name!r} of the delta has {bad} NaN or infinite entries of {tensor.numel()}")
+    noise = meeting.spread_sum(tensor)
+    error, bound = np.array(list(pruners.errors(meeting, name, tensor, noise))).T
+    return _Energies(count, energy(meeting.outputs(tensor)), noise, output, error, bound)
+
+
+def _without_inputs(delta: Delta, name: str, pruners: ReadyPruners) -> _Energies:
+    tensor, base = delta.read(name)
+    weight = tensor if base is None else base + tensor
+    found = _measured(Isotropic(), pruners, name, tensor, energy(weight), 1)
+    return found._replace(signal=math.nan)
+
+
+def _over_batches(
+    delta: Delta, model: PreTrainedModel, batches: Iterator[Batch], pruners: ReadyPruners
+) -> list[tuple[_Use, _Energies]]:
+    """Energies of each use of a tensor of the delta, summed over the batches."""
+    uses = list(_uses(model, delta))
+    totals: dict[_Use, _Energies] = {}
+    for batch in batches:
+        with _watched(uses, partial(_add, totals, delta, pruners, batch)), torch.inference_mode():
+            model(**batch.inputs(model))
+    return [(use, totals[use]) for use in uses if use in totals]
+
+
+def _uses(model: PreTrainedModel, delta: Delta) -> Iterator[_Use]:
+    """Which module uses which tensor of the delta: a tied one has two uses."""
+    # A checkpoint of a model without its head lacks the prefix that its names have within the whole model.
+    names = {bare_name(name): name for name in delta}
+    named = {
+        id(weight): names[bare] for name, weight in parameters_of(model).items() if (bare := bare_name(name)) in names
+    }
+    for path, module in model.named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        matrix = isinstance(module, torch.nn.Linear | Conv1D | torch.nn.Embedding)
+        norm = own.keys() <= {"weight", "bias"} and all(each.dim() == 1 for each in own.values())
+        if matrix or (norm and not any(module.children())):
+            for parameter, weight in own.items():
+                if id(weight) in named:
+                    yield _Use(named[id(weight)], path, parameter, module)
+
+
+@contextmanager
+def _watched(uses: Sequence[_Use], add: Any) -> Iterator[None]:
+    """While it lasts, every call of a module that uses the delta is handed on."""
+    handles = [use.module.register_forward_hook(partial(add, use)) for use in uses]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _add(
+    totals: dict[_Use, _Energies],
+    delta: Delta,
+    pruners: ReadyPruners,
+    batch: Batch,
+    use: _Use,
+    module: torch.nn.Module,
+    arguments: tuple[Any, ...],
+    output: torch.Tensor,
+) -> None:
+    """Add what a use makes of one call's inputs."""
+    made = positions(output, batch)
+    meeting = meet(module, use.parameter, arguments, made, batch)
+    if isinstance(meeting, Matrix) and isinstance(module.bias, torch.Tensor):
+        made = made - module.bias
+    tensor = delta[use.tensor].to(made.device)
+    found = _measured(meeting, pruners, use.tensor, tensor, energy(made), len(made))
+    before = totals.get(use)
+    totals[use] = found if before is None else _Energies(*map(operator.add, before, found))
+
+
+def _rows(use: _Use, delta: Delta, energies: _Energies, pruners: Sequence[Pruner]) -> Iterator[dict[str, object]]:
+    """One row for each pruner, of means over positions."""
+    match = delta.compared[use.tensor]
+    assert match.finetuned is not None
+    layer, module, kind = parse_name(use.tensor, len(match.finetuned.shape))
+    if isinstance(use.module, torch.nn.Linear) and kind == "embedding":
+        layer, module, kind = parse_name(f"{use.path}.weight", 2)
+    count = energies.positions
+    signal, noise, output = (each / count for each in energies[1:4])
+    for pruner, error, bound in zip(pruners, energies.error, energies.bound, strict=True):
+        yield {
+            "tensor": use.tensor,
+            "layer": layer,
+            "module": module,
+            "kind": kind,
+            "positions": count,
+            "signal": signal,
+            "noise": noise,
+            "output": output,
+            "gain": signal / noise if noise else math.nan,
+            "noise_share": noise / output if output else math.nan,
+            "method": pruner.method,
+            "drop_rate": float(pruner.drop_rate),
+            "error": error / count,
+            "error_share": error / count / output if output else math.nan,
+            "bound": bound / count,
+        }
+
+
+GAMMA = 0.05
+"""The bound holds for an output with probability 1 - γ at least."""
+
+
+@dataclass(frozen=True)
+class ReadyPruners:
+    """Pruners made ready for a delta."""
+
+    delta: Delta
+    pruners: tuple[Pruner, ...]
+    seed: int
+    ready: tuple[Prune, ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        for pruner in self.pruners:
+            if pruner.random and not isinstance(pruner, Lawful):
+                raise ValueError(
+                    f"pruners: {pruner} is random and has no method law(tensor, name=…), so no closed form"
+                )
+        object.__setattr__(self, "ready", tuple(bind(each, self.delta, self.seed) for each in self.pruners))
+
+    def errors(self, meeting: Meeting, name: str, tensor: torch.Tensor, noise: float) -> Iterator[tuple[float, float]]:
+        """Error and bound of each pruner, on the delta's tensor at the inputs of the meeting."""
+        for pruner, prune in zip(self.pruners, self.ready, strict=True):
+            if pruner.random and isinstance(prune, Lawful):
+                yield expected_error(meeting, tensor, prune.law(tensor, name=name), noise)
+            else:
+                dropped = energy(meeting.outputs(prune(tensor, name=name, seed=self.seed) - tensor))
+                yield dropped, dropped
+
+
+def expected_error(meeting: Meeting, delta: torch.Tensor, law: Law, noise: float) -> tuple[float, float]:
+    """The expected squared error of a law at some inputs, and its bound, summed over positions and outputs.
+
+    `noise` is the noise base `Σ D_ij² x_j²`. The error is `‖B x‖² + Σ v_ij D_ij² x_j²`, with B the delta times
+    the law's bias and v its variance. The bound of an output is `|B x| + √(ln(2/γ) Σ_j t_ij D_ij² x_j²)` with t
+    the law's tail: DAREx (arXiv 2410.09344), appendix E.1, equation 8, for any law.
+    """
+    logarithm = math.log(2 / GAMMA)
+    random = _random(meeting, delta, law.variance, noise)
+    if not _any(law.bias):
+        return random, logarithm * _random(meeting, delta, law.tail, noise)
+    shift = meeting.outputs(_scaled(delta, law.bias))
+    bound = shift.abs() + (logarithm * meeting.spread(_scaled(delta, _root(law.tail)))).sqrt()
+    return energy(shift) + random, energy(bound)
+
+
+def _random(meeting: Meeting, delta: torch.Tensor, variance: Number, noise: float) -> float:
+    """The noise base of a delta each of whose entries has a variance; with a variance of 1 for all it is `noise`."""
+    return variance * noise if isinstance(variance, float) else meeting.spread_sum(_scaled(delta, _root(variance)))
+
+
+def _scaled(delta: torch.Tensor, by: Number) -> torch.Tensor:
+    return delta * (by if isinstance(by, float) else by.to(delta))
+
+
+def _root(variance: Number) -> Number:
+    return variance**0.5
+
+
+def _any(bias: Number) -> bool:
+    """Whether a mean is off by more than rounding."""
+    return bool((torch.as_tensor(bias).abs() > 1e-12).any())

@@ -1,0 +1,26 @@
+"""Which entries of a delta are dropped, and what the rest is multiplied by."""
+
+from delta_analysis.pruning.moments import Law, Lawful, Number
+from delta_analysis.pruning.proportional import Proportional
+from delta_analysis.pruning.pruners import Dare, Magnitude, MagPrune, Prune, Pruner, bind, checked_drop_rate
+from delta_analysis.pruning.rescaling import Rescale
+from delta_analysis.pruning.threshold import find_cut
+from delta_analysis.pruning.transforms import Change, Permuted
+
+__all__ = [
+    "Change",
+    "Dare",
+    "Law",
+    "Lawful",
+    "MagPrune",
+    "Magnitude",
+    "Number",
+    "Permuted",
+    "Proportional",
+    "Prune",
+    "Pruner",
+    "Rescale",
+    "bind",
+    "checked_drop_rate",
+    "find_cut",
+]

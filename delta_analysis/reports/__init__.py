@@ -1,0 +1,3 @@
+"""Parameters, claims, sentences and pages of the notebooks."""
+
+__all__ = []

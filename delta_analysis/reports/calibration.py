@@ -1,0 +1,96 @@
+"""Measure what foresight is fitted on: `python -m delta_analysis.reports.calibration`.
+
+The tolerated drop rates of DARE in the embedded family: every pair of all sizes, the fine-tune `code`
+against each checkpoint of the trail, and the encoder, dropped from in all tensors and in parts of
+them. It takes some twenty minutes on two cores, and goes on where it was when interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from delta_analysis.checkpoints import content_hash, find_root
+from delta_analysis.deltas import load_delta
+from delta_analysis.prediction import calibration_file, delta_predictors
+from delta_analysis.pruning import Dare
+from delta_analysis.reports.family import BOTH, ENCODER_PAIRS, SIZES, Relation, task_pairs, trail
+from delta_analysis.reports.parameters import choose_evaluation
+from delta_analysis.sweeps import Edit, Pair, measure_tolerance
+
+SEEDS = (0, 1, 2)
+QUESTIONS = 200
+TEXTS = 64
+"""Questions, with their answers, that layers get their inputs from."""
+RESOLUTION = 0.5
+PARTS = ("all", "attention", "mlp", "embeddings")
+
+
+def groups() -> Iterator[tuple[str, tuple[Relation, ...], tuple[str, ...]]]:
+    """What is measured: a name, the pairs, and the scopes."""
+    layers = tuple(f"*.layers.{k}.*" for k in range(4))
+    trailing = tuple(Relation(source, "zoo:small/code", BOTH, "code") for _, source in trail()[:-1])
+    for size in SIZES:
+        deep = (*PARTS, "norms", *layers) if size == "small" else (*PARTS, layers[0], layers[-1])
+        yield size, task_pairs(size), deep
+    yield "trail", trailing, PARTS
+    encoders = tuple(relation for relation in ENCODER_PAIRS if relation.task)
+    yield "encoder", encoders, (*PARTS, "*.layer.0.*", "*.layer.1.*")
+
+
+def measure(relations: Sequence[Relation], scopes: Sequence[str], out_dir: str | Path) -> pd.DataFrame:
+    """Tolerated drop rates and predictors, one row a pair and scope; the columns of `calibration_table`."""
+    pairs = [Pair(f"{r.base} → {r.finetuned}", r.base, r.finetuned) for r in relations]
+    judges = {p.name: (choose_evaluation(r.task, QUESTIONS),) for p, r in zip(pairs, relations, strict=True)}
+    measured = []
+    for scope in scopes:
+        edit = Edit(Dare(0.5), scope)
+        found, _ = measure_tolerance(pairs, edit, judges, SEEDS, out_dir, resolution=RESOLUTION, progress=sys.stderr)
+        measured.append(found.drop(columns=["method", "kept_at_1"]))
+    tolerances = pd.concat(measured)
+    described = []
+    for pair, relation in zip(pairs, relations, strict=True):
+        delta = load_delta(base=pair.base, finetuned=pair.finetuned)
+        predictors = delta_predictors(delta, scopes, judges[pair.name][0].texts[:TEXTS])
+        origin = {
+            "base": relation.base,
+            "finetuned": relation.finetuned,
+            "kind": relation.kind,
+            "task": relation.task,
+            "numel": sum(tensor.numel() for tensor in delta.values()),
+            "base_hash": content_hash(relation.base),
+            "finetuned_hash": content_hash(relation.finetuned),
+        }
+        described.append(predictors.assign(pair=pair.name, **origin))
+    joined = pd.concat(described).merge(tolerances, on=["pair", "scope"], validate="one_to_one")
+    first = [*origin, "scope", "untouched", "tolerated", "low", "high"]
+    return joined[[*first, *(c for c in joined if c not in (*first, "pair"))]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m delta_analysis.reports.calibration", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--out", type=Path, default=find_root() / "runs" / "calibration", help="folder of the cells")
+    out = parser.parse_args().out.resolve()
+    tables = []
+    for name, relations, scopes in groups():
+        print(f"{name}: {len(relations)} pairs in {len(scopes)} scopes", flush=True)
+        with warnings.catch_warnings():
+            # Small weights of the encoder are stored in coarse steps; the report on value ranges tells.
+            warnings.simplefilter("ignore", UserWarning)
+            tables.append(measure(relations, scopes, out).assign(group=name))
+    file = calibration_file()
+    partial = file.with_name(f".{file.name}.partial")
+    pd.concat(tables).to_csv(partial, index=False, float_format="%.6g", lineterminator="\n")
+    partial.replace(file)
+    print(file)
+
+
+if __name__ == "__main__":
+    main()

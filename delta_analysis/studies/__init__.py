@@ -1,0 +1,37 @@
+"""What one report computes beyond the library."""
+
+from delta_analysis.studies.causes import share_of
+from delta_analysis.studies.merging import (
+    AFTER_DARE,
+    AFTERWARDS,
+    BEFORE,
+    DELLA,
+    ELECTED,
+    SETTING,
+    SLACKS,
+    SUM,
+    joined,
+    mean_of,
+    saturation,
+    slack_way,
+    trail_outcomes,
+)
+from delta_analysis.studies.rescaling import halves
+
+__all__ = [
+    "AFTERWARDS",
+    "AFTER_DARE",
+    "BEFORE",
+    "DELLA",
+    "ELECTED",
+    "SETTING",
+    "SLACKS",
+    "SUM",
+    "halves",
+    "joined",
+    "mean_of",
+    "saturation",
+    "share_of",
+    "slack_way",
+    "trail_outcomes",
+]

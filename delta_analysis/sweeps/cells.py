@@ -1,0 +1,108 @@
+"""Cells of a sweep on disk: one parquet file each, named by its content, written whole or not at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Hashable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+Row = dict[str, Any]
+"""One metric of a cell, in the columns of `SCHEMA`."""
+
+SCHEMA = pa.schema(
+    [
+        ("metric", pa.string()),
+        ("value", pa.float64()),
+        ("low", pa.float64()),
+        ("high", pa.float64()),
+        ("outcomes", pa.list_(pa.float64())),
+        ("achieved_drop_rate", pa.float64()),
+        ("seconds", pa.float64()),
+        ("device", pa.string()),
+        ("versions", pa.string()),
+        ("base_hash", pa.string()),
+        ("finetuned_hash", pa.string()),
+        ("error", pa.string()),
+        ("cell", pa.string()),
+    ]
+)
+
+
+def content(value: object) -> object:
+    """What a pruner or an evaluation consists of, as JSON: its class and its fields, whatever their depth.
+
+    Fields that change speed alone are left out.
+
+    Raises
+    ------
+    TypeError
+        A part that is no frozen dataclass of plain values, so that equal content could not be told.
+
+    Examples
+    --------
+    >>> from delta_analysis.pruning.pruners import Dare
+    >>> content(Dare(0.9))
+    {'class': 'Dare', 'drop_rate': 0.9, 'rescale': 'inverse_keep'}
+    """
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    if isinstance(value, tuple):
+        return [content(each) for each in value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type) and isinstance(value, Hashable):
+        kind = type(value)
+        counted = [each.name for each in dataclasses.fields(value) if not each.metadata.get("speed")]
+        fields = {name: content(getattr(value, name)) for name in counted}
+        return {"class": kind.__qualname__, **fields}
+    raise TypeError(
+        f"{value!r} cannot be part of a cell's key; "
+        "make pruners and evaluations frozen dataclasses of numbers, texts and tuples of these"
+    )
+
+
+def digest(description: object) -> str:
+    """A hash of what `content` gives, the same in every process."""
+    return hashlib.blake2b(json.dumps(description, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+@dataclass(frozen=True)
+class CellStore:
+    """A folder of cells. Any number of sweeps may read and write it at the same time."""
+
+    folder: Path
+
+    def path(self, key: str) -> Path:
+        return self.folder / f"{key}.parquet"
+
+    def read(self, key: str) -> list[Row] | None:
+        """The rows of a finished cell; None if it is missing, damaged, or ended in an error, and has to run."""
+        try:
+            # In one go: the file may be replaced while it is read.
+            table = pq.read_table(pa.BufferReader(self.path(key).read_bytes()))
+            rows: list[Row] = table.to_pylist()
+            # Parquet itself overlooks many a changed byte.
+            whole = table.schema.metadata[b"digest"] == digest(rows).encode()
+        except (OSError, ValueError, TypeError, KeyError, pa.ArrowException):
+            return None
+        return rows if whole and rows and not any(row["error"] for row in rows) else None
+
+    def write(self, key: str, rows: list[Row]) -> None:
+        """Write beside the final name, then rename; an error takes the place of no finished cell."""
+        if any(row.get("error") for row in rows) and self.read(key):
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        partial = self.folder / f".{key}.{os.getpid()}-{uuid.uuid4().hex[:8]}.partial"
+        try:
+            table = pa.Table.from_pylist(rows, schema=SCHEMA)
+            pq.write_table(table.replace_schema_metadata({"digest": digest(table.to_pylist())}), partial)
+            partial.replace(self.path(key))
+        finally:
+            partial.unlink(missing_ok=True)

@@ -1,0 +1,181 @@
+"""A pair in memory, whose fine-tuned model is edited and restored: loaded once, shared by threads."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from threading import Lock
+from typing import NamedTuple
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from delta_analysis.checkpoints import open_checkpoint
+from delta_analysis.deltas import editable_shapes, in_scope, load_delta
+from delta_analysis.evaluation import (
+    Evaluation,
+    _write,
+    finetuned_model,
+    parameters_of,
+)
+from delta_analysis.pruning import Pruner, bind
+
+HELD_BYTES = 2**30
+"""Pairs that together are no larger stay in memory for the next sweep."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A base and a fine-tune.
+
+    Attributes
+    ----------
+    name : how tables and figures call the pair, `base → fine-tune`.
+    base, finetuned : sources as `load_delta` takes them; without a base (None) it is the fine-tuned
+        weights themselves that are dropped.
+    """
+
+    name: str
+    base: str | None
+    finetuned: str
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A pruner and the tensors that it is applied to.
+
+    Attributes
+    ----------
+    pruner : such as `Dare(0.9)`.
+    scope : which tensors; `all` by default, else as `in_scope` takes it: `linear`, `attention`,
+        `mlp`, `embeddings`, `norms`, glob patterns, several with commas between.
+    """
+
+    pruner: Pruner
+    scope: str = "all"
+
+
+class Edited(NamedTuple):
+    """A model with pruned weights, and the share of the entries in scope, not zero before, that were dropped."""
+
+    model: PreTrainedModel
+    achieved_drop_rate: float
+
+
+@dataclass(frozen=True, eq=False)
+class EditablePair:
+    """A pair in memory: the untouched fine-tuned model, the base weights and the delta, each loaded once.
+
+    Threads may share it: each edits a copy of the model of its own. `nonzero` counts entries of the delta.
+    """
+
+    pair: Pair
+    model: PreTrainedModel = field(repr=False)
+    tokenizer: PreTrainedTokenizerBase = field(repr=False)
+    base: dict[str, torch.Tensor] = field(repr=False)
+    delta: dict[str, torch.Tensor] = field(repr=False)
+    nonzero: dict[str, int] = field(repr=False)
+    _copies: list[PreTrainedModel] = field(default_factory=list, repr=False)
+    _prepared: dict[Evaluation, Evaluation] = field(default_factory=dict, repr=False)
+    _lock: Lock = field(default_factory=Lock, repr=False)
+
+    @classmethod
+    def load(cls, pair: Pair, device: str = "cpu") -> EditablePair:
+        lazy = load_delta(base=pair.base, finetuned=pair.finetuned)
+        model, tokenizer = finetuned_model(lazy, device)
+        tensors = {name: lazy.read(name) for name in editable_shapes(lazy)}
+        delta = {name: tensor for name, (tensor, _) in tensors.items()}
+        base = {name: torch.zeros_like(delta[name]) if start is None else start for name, (_, start) in tensors.items()}
+        nonzero = {name: int(torch.count_nonzero(tensor)) for name, tensor in delta.items()}
+        return cls(pair, model, tokenizer, base, delta, nonzero)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the weights, with one copy that is edited."""
+        held = [*self.base.values(), *self.delta.values()]
+        return sum(tensor.nbytes for tensor in held) + 2 * sum(each.nbytes for each in self.model.parameters())
+
+    @contextmanager
+    def edited(self, edit: Edit | None, seed: int) -> Iterator[Edited]:
+        """A model that is base + pruned delta in the edit's scope and fine-tuned elsewhere, while it lasts.
+
+        Without an edit it is the fine-tuned one. Afterwards the model is as before, bit for bit.
+
+        Raises
+        ------
+        ValueError
+            A scope that selects nothing, a weight that is NaN or infinite.
+        """
+        shapes = {name: tensor.dim() for name, tensor in self.delta.items()}
+        scoped = {} if edit is None else {name: self.delta[name] for name in in_scope(edit.scope, shapes)}
+        with self._lock:
+            model = self._copies.pop() if self._copies else copy.deepcopy(self.model)
+        before = sum(self.nonzero[name] for name in scoped)
+        left = 0
+
+        def weights(pruner: Pruner) -> Iterator[tuple[str, torch.Tensor]]:
+            nonlocal left
+            prune = bind(pruner, scoped, seed)
+            for name, tensor in scoped.items():
+                pruned = prune(tensor, name=name, seed=seed)
+                left += int(torch.count_nonzero(pruned))
+                yield name, self.base[name] + pruned
+
+        try:
+            if edit is not None:
+                _write(model, weights(edit.pruner))
+            yield Edited(model, 1 - left / before if before and edit is not None else 0.0)
+        finally:
+            with torch.no_grad():
+                untouched = parameters_of(self.model)
+                for name, parameter in parameters_of(model).items():
+                    parameter.copy_(untouched[name])
+            self._copies.append(model)
+
+    def prepared(self, evaluation: Evaluation) -> Evaluation:
+        """The evaluation with tokens, batches and the untouched model's outputs at hand, made once."""
+        with self._lock:
+            if evaluation not in self._prepared:
+                self._prepared[evaluation] = evaluation.prepared(self.model, self.tokenizer)
+            return self._prepared[evaluation]
+
+
+def edited_source(pair: Pair) -> str:
+    """Where the model that is edited comes from: an adapter or a published delta has none, so its base is."""
+    apart = pair.base is not None and open_checkpoint(pair.finetuned).is_delta
+    return str(pair.base) if apart else pair.finetuned
+
+
+_held: dict[tuple[object, ...], EditablePair] = {}
+
+
+_holding = Lock()
+
+
+def held_pair(pair: Pair, content: Sequence[object], device: str) -> EditablePair:
+    """The pair in this process's memory, loaded if it is not; earlier ones go where memory is short.
+
+    `content` tells whether the files are the ones that were loaded.
+    """
+    key = (pair.base, pair.finetuned, *content, device)
+    # One thread at a time, also because transformers builds models under a global device context.
+    with _holding:
+        if key not in _held:
+            # Before loading, so that two large pairs are never held together.
+            _drop_pairs(HELD_BYTES)
+            _held[key] = EditablePair.load(pair, device)
+        return _held[key]
+
+
+def release_pairs() -> None:
+    """Let go of pairs that are too large to be held for later."""
+    with _holding:
+        _drop_pairs(HELD_BYTES)
+
+
+def _drop_pairs(limit: int) -> None:
+    """Drop the oldest until those that are left are within the limit."""
+    while _held and sum(each.nbytes for each in _held.values()) > limit:
+        del _held[next(iter(_held))]

@@ -1,0 +1,409 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from delta_analysis._errors import CheckpointError
+from delta_analysis.checkpoints import paths
+from delta_analysis.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from delta_analysis.checkpoints.folders import LAYOUTS
+from delta_analysis.checkpoints.tensors import Stored
+from tests.conftest import SaveCheckpoint
+
+INDEX = LAYOUTS[0][1]
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+TENSORS = {
+    "model.norm.weight": torch.tensor([1.0, 2.0], dtype=torch.float16),
+    "model.layers.10.a.weight": torch.arange(6.0).reshape(2, 3),
+    "model.layers.2.b.bias": torch.tensor([0.5, -0.25, 8.0], dtype=torch.bfloat16),
+    "model.layers.2.a.weight": torch.ones(1, 2, 3, dtype=torch.float64),
+    "model.embed_tokens.weight": torch.full((4, 2), -1.5),
+    "scale": torch.tensor(7.0),
+}
+IN_ORDER = [
+    "model.embed_tokens.weight",
+    "model.norm.weight",
+    "scale",
+    "model.layers.2.a.weight",
+    "model.layers.2.b.bias",
+    "model.layers.10.a.weight",
+]
+SHARDS = {"model-00001-of-00002.safetensors": IN_ORDER[::2], "model-00002-of-00002.safetensors": IN_ORDER[1::2]}
+
+
+def refusal(source: str | Path) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(source)
+    return str(caught.value)
+
+
+def tiny_llama(seed: int = 0, **options: Any) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=11,
+        hidden_size=8,
+        intermediate_size=12,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        **options,
+    )
+    return LlamaForCausalLM(config)
+
+
+def assert_holds(checkpoint: Checkpoint, tensors: dict[str, torch.Tensor]) -> None:
+    assert set(checkpoint) == set(tensors)
+    for name, tensor in tensors.items():
+        read = checkpoint[name]
+        assert read.dtype == tensor.dtype
+        assert torch.equal(read, tensor)
+
+
+def test_a_single_file_is_read(save_checkpoint: SaveCheckpoint) -> None:
+    file = save_checkpoint("one", TENSORS) / "model.safetensors"
+    checkpoint = open_checkpoint(file)
+    assert_holds(checkpoint, TENSORS)
+    assert (checkpoint.path, checkpoint.source) == (file, str(file))
+    assert checkpoint.files() == [file]
+    assert checkpoint.config == {}
+
+
+def test_a_directory_with_one_file_is_read(save_checkpoint: SaveCheckpoint) -> None:
+    folder = save_checkpoint("one", TENSORS, config={"hidden_size": 2})
+    checkpoint = open_checkpoint(str(folder))
+    assert_holds(checkpoint, TENSORS)
+    assert checkpoint.files() == [folder / "model.safetensors"]
+    assert checkpoint.config == {"hidden_size": 2}
+
+
+@pytest.mark.parametrize("config", [None, {"model_type": "llama"}])
+def test_shards_with_an_index_are_read(save_checkpoint: SaveCheckpoint, config: dict[str, str] | None) -> None:
+    folder = save_checkpoint("sharded", TENSORS, config=config, shards=SHARDS)
+    checkpoint = open_checkpoint(folder)
+    assert_holds(checkpoint, TENSORS)
+    assert checkpoint.files() == [folder / shard for shard in sorted(SHARDS)]
+    assert checkpoint.config == (config or {})
+
+
+def test_shards_without_an_index_are_read(save_checkpoint: SaveCheckpoint) -> None:
+    folder = save_checkpoint("sharded", TENSORS, shards=SHARDS)
+    (folder / INDEX).unlink()
+    assert_holds(open_checkpoint(folder), TENSORS)
+
+
+def test_model_safetensors_is_preferred_to_other_files_beside_it(save_checkpoint: SaveCheckpoint) -> None:
+    folder = save_checkpoint("one", {"a.weight": torch.ones(2)})
+    save_file({"a.weight": torch.zeros(2)}, folder / "consolidated.safetensors")
+    assert_holds(open_checkpoint(folder), {"a.weight": torch.ones(2)})
+
+
+def test_entries_tell_file_shape_and_dtype(save_checkpoint: SaveCheckpoint) -> None:
+    folder = save_checkpoint("sharded", TENSORS, shards=SHARDS)
+    entries = open_checkpoint(folder).entries
+    for shard, names in SHARDS.items():
+        for name in names:
+            entry = entries[name]
+            assert isinstance(entry, Stored)
+            assert (entry.files, entry.shape, entry.dtype) == (
+                (folder / shard,),
+                tuple(TENSORS[name].shape),
+                TENSORS[name].dtype,
+            )
+            assert (entry.name, entry.strides) == (name, None)
+
+
+def test_iteration_is_by_layer_then_by_name(save_checkpoint: SaveCheckpoint) -> None:
+    assert list(open_checkpoint(save_checkpoint("one", TENSORS))) == IN_ORDER
+    assert list(open_checkpoint(save_checkpoint("sharded", TENSORS, shards=SHARDS))) == IN_ORDER
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_tensor_keeps_its_stored_dtype_and_bits(save_checkpoint: SaveCheckpoint, dtype: torch.dtype) -> None:
+    stored = torch.from_numpy(np.random.default_rng(0).normal(size=(3, 5))).to(dtype)
+    read = open_checkpoint(save_checkpoint("one", {"a.weight": stored}))["a.weight"]
+    assert read.dtype == dtype
+    assert torch.equal(read, stored)
+
+
+def test_it_is_a_mapping(save_checkpoint: SaveCheckpoint) -> None:
+    checkpoint = open_checkpoint(save_checkpoint("one", TENSORS))
+    assert len(checkpoint) == len(TENSORS)
+    assert "scale" in checkpoint
+    assert "absent" not in checkpoint
+    assert [name for name, _ in checkpoint.items()] == IN_ORDER
+    with pytest.raises(KeyError, match="absent"):
+        checkpoint["absent"]
+
+
+def test_weights_are_read_on_access_and_not_kept(save_checkpoint: SaveCheckpoint) -> None:
+    file = save_checkpoint("one", {"a.weight": torch.zeros(2)}) / "model.safetensors"
+    checkpoint = open_checkpoint(file)
+    for value in (1.0, 2.0):
+        save_file({"a.weight": torch.full((2,), value)}, file)
+        assert checkpoint["a.weight"].tolist() == [value, value]
+
+
+@pytest.mark.parametrize("max_shard_size", ["1GB", "1KB"])
+def test_what_transformers_saves_is_what_is_read(tmp_path: Path, max_shard_size: str) -> None:
+    model = tiny_llama(tie_word_embeddings=False).to(torch.bfloat16)
+    model.save_pretrained(tmp_path, max_shard_size=max_shard_size)
+    checkpoint = open_checkpoint(tmp_path)
+    assert_holds(checkpoint, {name: parameter.detach() for name, parameter in model.named_parameters()})
+    assert (len(checkpoint.files()) > 1) == (max_shard_size == "1KB")
+    assert checkpoint.config["hidden_size"] == 8
+
+
+def test_a_tied_head_that_is_stored_is_counted_once(tmp_path: Path) -> None:
+    model = tiny_llama(tie_word_embeddings=True)
+    model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    stored["lm_head.weight"] = stored["model.embed_tokens.weight"].clone()
+    save_file(stored, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    checkpoint = open_checkpoint(tmp_path)
+    assert "lm_head.weight" not in checkpoint
+    assert set(checkpoint.skipped) == {"lm_head.weight"}
+    assert "tied to model.embed_tokens.weight" in checkpoint.skipped["lm_head.weight"]
+    # transformers counts shared parameters once.
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert sum(tensor.numel() for tensor in checkpoint.values()) == loaded.num_parameters()
+
+
+@pytest.mark.parametrize("embedding", ["model.embed_tokens.weight", "transformer.wte.weight"])
+def test_a_head_is_tied_only_if_config_says_so_and_embeddings_are_there(
+    save_checkpoint: SaveCheckpoint, embedding: str
+) -> None:
+    head = {"lm_head.weight": torch.ones(4, 2)}
+    both = {embedding: torch.ones(4, 2), **head}
+    tied, untied = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
+    assert set(open_checkpoint(save_checkpoint("tied", both, config=tied))) == {embedding}
+    assert set(open_checkpoint(save_checkpoint("untied", both, config=untied))) == set(both)
+    assert set(open_checkpoint(save_checkpoint("no config", both))) == set(both)
+    assert set(open_checkpoint(save_checkpoint("head only", head, config=tied))) == set(head)
+
+
+def test_a_head_that_differs_from_the_embeddings_is_read_as_transformers_reads_it(tmp_path: Path) -> None:
+    tiny_llama(tie_word_embeddings=True).save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    stored["lm_head.weight"] = stored["model.embed_tokens.weight"] + 1
+    save_file(stored, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert set(open_checkpoint(tmp_path)) == {name for name, _ in loaded.named_parameters()}
+
+
+def test_integer_buffers_are_skipped_with_a_reason(save_checkpoint: SaveCheckpoint) -> None:
+    buffers = {"embeddings.position_ids": torch.arange(4), "attn.mask": torch.tensor([True, False])}
+    checkpoint = open_checkpoint(save_checkpoint("one", {"a.weight": torch.ones(2), **buffers}))
+    assert list(checkpoint) == ["a.weight"]
+    assert checkpoint.skipped == {
+        "embeddings.position_ids": "int64 buffer, not a weight",
+        "attn.mask": "bool buffer, not a weight",
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "kind"),
+    [
+        ("model.layers.0.q_proj.weight", torch.int8, "int8: int8 codes"),
+        ("model.layers.0.q_proj.weight", torch.int64, "int64: packed codes"),
+        ("model.layers.0.q_proj.qweight", torch.int32, "int32: packed codes"),
+        ("model.layers.0.q_proj.qzeros", torch.int32, "int32: packed codes"),
+        ("model.layers.0.q_proj.weight", torch.uint8, "uint8: packed codes"),
+        ("model.layers.0.q_proj.weight", torch.float8_e4m3fn, "float8_e4m3fn: fp8 codes"),
+        ("model.layers.0.q_proj.weight", torch.float8_e5m2, "float8_e5m2: fp8 codes"),
+    ],
+)
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_quantised_weights_are_refused(tmp_path: Path, file: str, name: str, dtype: torch.dtype, kind: str) -> None:
+    tensors = {"a.weight": torch.ones(2), name: torch.ones(2, 2).to(dtype)}
+    save_file(tensors, tmp_path / file) if file.endswith("safetensors") else torch.save(tensors, tmp_path / file)
+    message = refusal(tmp_path)
+    assert message.startswith(f"{tmp_path / file}: tensor {name!r} is stored as {kind}, which mean nothing without ")
+    assert "expected float64, float32, float16 or bfloat16" in message
+    assert "dequantize" in message
+
+
+def test_an_absent_path_is_refused(tmp_path: Path) -> None:
+    message = refusal(tmp_path / "nowhere")
+    assert message.startswith(f"{tmp_path / 'nowhere'}: no such file or directory; expected ")
+    assert "checkpoint directory" in message
+    assert ".safetensors or .bin file" in message
+    assert "zoo:small/base" in message
+
+
+@pytest.mark.parametrize("files", [[], ["config.json", "tf_model.h5", "training_args.bin"]])
+def test_a_directory_without_weights_is_refused(tmp_path: Path, files: list[str]) -> None:
+    for file in files:
+        (tmp_path / file).write_text("{}")
+    message = refusal(tmp_path)
+    assert message.startswith(f"{tmp_path}: no weights here; expected model.safetensors or pytorch_model.bin")
+    assert INDEX in message
+
+
+def test_a_file_of_another_format_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF")
+    assert refusal(file) == f"{file}: expected a .safetensors or .bin file; convert it with save_pretrained first"
+
+
+@pytest.mark.parametrize("tensors", [{}, {"position_ids": torch.arange(4)}], ids=["empty", "only buffers"])
+def test_a_file_without_any_weight_is_refused(
+    save_checkpoint: SaveCheckpoint, tensors: dict[str, torch.Tensor]
+) -> None:
+    folder = save_checkpoint("empty", tensors)
+    message = refusal(folder)
+    assert message.startswith(f"{folder}: holds no ")
+
+
+def test_a_file_cut_anywhere_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    save_file({"a.weight": torch.arange(6.0), "b.weight": torch.arange(3.0)}, file)
+    whole = file.read_bytes()
+    for size in range(len(whole)):
+        file.write_bytes(whole[:size])
+        message = refusal(tmp_path)
+        assert message.startswith(f"{file}: not a readable safetensors file"), size
+        assert f"it has {size} bytes and may be truncated: fetch it again" in message
+
+
+def test_a_truncated_shard_is_named(save_checkpoint: SaveCheckpoint) -> None:
+    folder = save_checkpoint("sharded", TENSORS, shards=SHARDS)
+    shard = folder / "model-00002-of-00002.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert refusal(folder).startswith(f"{shard}: not a readable safetensors file")
+
+
+def test_a_shard_in_the_index_but_absent_is_refused(save_checkpoint: SaveCheckpoint) -> None:
+    folder = save_checkpoint("sharded", TENSORS, shards=SHARDS)
+    shard = folder / "model-00001-of-00002.safetensors"
+    shard.unlink()
+    assert refusal(folder) == f"{shard}: named in {INDEX} but absent; fetch the missing shard"
+
+
+def test_a_tensor_in_the_index_but_not_in_its_shard_is_refused(save_checkpoint: SaveCheckpoint) -> None:
+    folder = save_checkpoint("sharded", TENSORS, shards=SHARDS)
+    shard = folder / "model-00002-of-00002.safetensors"
+    kept, *lost = SHARDS[shard.name]
+    save_file({kept: TENSORS[kept]}, shard)
+    message = refusal(folder)
+    assert message.startswith(f"{shard}: tensor {min(lost)!r} is named in {INDEX} but is not in the shard (2 such)")
+    assert "fetch both again" in message
+
+
+@pytest.mark.parametrize("shard", ["../outside.safetensors", "sub/../../outside.safetensors", "sub/a.safetensors"])
+def test_a_shard_outside_the_directory_is_refused(save_checkpoint: SaveCheckpoint, shard: str) -> None:
+    folder = save_checkpoint("sharded", {"a.weight": torch.ones(2)}, shards={"a.safetensors": ["a.weight"]})
+    (folder / "sub").mkdir()
+    for file in (folder.parent / "outside.safetensors", folder / "sub" / "a.safetensors"):
+        save_file({"a.weight": torch.ones(2)}, file)
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"a.weight": shard}}))
+    assert refusal(folder).startswith(f"{folder / INDEX}: shard {shard!r} lies outside the checkpoint's directory")
+
+
+def test_an_absolute_shard_path_is_refused(save_checkpoint: SaveCheckpoint) -> None:
+    folder = save_checkpoint("sharded", {"a.weight": torch.ones(2)}, shards={"a.safetensors": ["a.weight"]})
+    shard = "/tmp/a.safetensors"
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"a.weight": shard}}))
+    assert f"shard {shard!r} lies outside" in refusal(folder)
+
+
+@pytest.mark.parametrize("content", [b"{", b"", b"\xff\xfe\x00", b"<html>not found</html>"])
+@pytest.mark.parametrize("name", [INDEX, "config.json"])
+def test_a_file_that_is_not_json_is_refused(save_checkpoint: SaveCheckpoint, name: str, content: bytes) -> None:
+    folder = save_checkpoint("one", TENSORS, shards=SHARDS)
+    (folder / name).write_bytes(content)
+    message = refusal(folder)
+    assert message.startswith(f"{folder / name}: not readable as JSON")
+    assert "fetch it again" in message
+
+
+def test_json_that_is_no_object_is_refused(save_checkpoint: SaveCheckpoint) -> None:
+    folder = save_checkpoint("one", TENSORS, shards=SHARDS)
+    (folder / INDEX).write_text("[1, 2]")
+    assert refusal(folder) == f"{folder / INDEX}: expected a JSON object, got list; fetch it again"
+
+
+@pytest.mark.parametrize("index", [{}, {"weight_map": {}}, {"weight_map": ["a.weight"]}, {"weight_map": None}])
+def test_an_index_without_a_weight_map_is_refused(save_checkpoint: SaveCheckpoint, index: dict[str, Any]) -> None:
+    folder = save_checkpoint("one", TENSORS, shards=SHARDS)
+    (folder / INDEX).write_text(json.dumps(index))
+    assert refusal(folder) == f"{folder / INDEX}: has no 'weight_map'; fetch the index again"
+
+
+@pytest.mark.parametrize("shard", [1, None, ["a.safetensors"], {"file": "a.safetensors"}, "", ".."])
+def test_a_shard_that_is_no_file_name_is_refused(save_checkpoint: SaveCheckpoint, shard: object) -> None:
+    folder = save_checkpoint("sharded", {"a.weight": torch.ones(2)}, shards={"a.safetensors": ["a.weight"]})
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"a.weight": shard}}))
+    message = refusal(folder)
+    assert message.startswith(f"{folder / INDEX}: shard {shard!r} ")
+
+
+def test_the_same_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
+    for name in ("a.safetensors", "b.safetensors"):
+        save_file({"only." + name: torch.ones(1), "x.weight": torch.ones(2)}, tmp_path / name)
+    message = refusal(tmp_path)
+    assert message.startswith(f"{tmp_path / 'b.safetensors'}: tensor 'x.weight' also stands in a.safetensors")
+
+
+def test_the_refusal_of_a_tensor_in_two_files_says_what_to_do(tmp_path: Path) -> None:
+    for name in ("a.safetensors", "b.safetensors"):
+        save_file({"x.weight": torch.ones(2)}, tmp_path / name)
+    assert "; remove " in refusal(tmp_path)
+
+
+def test_an_embedded_model_is_found_by_name_and_an_unknown_one_lists_the_known(
+    tmp_path: Path, save_checkpoint: SaveCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("tiny/base", "tiny/instruct", "large/base"):
+        save_checkpoint(f"data/zoo/{name}", TENSORS, config={"name": name})
+    (tmp_path / "data/zoo/tiny/not a model").mkdir()
+    monkeypatch.setattr(paths, "find_root", lambda: tmp_path)
+    found = open_checkpoint("zoo:tiny/instruct")
+    assert (found.source, found.config) == ("zoo:tiny/instruct", {"name": "tiny/instruct"})
+    assert refusal("zoo:tiny/absent") == (
+        "zoo:tiny/absent: no such embedded model; known are zoo:large/base, zoo:tiny/base, zoo:tiny/instruct"
+    )
+
+
+def test_the_embedded_base_has_the_parameters_that_transformers_loads() -> None:
+    checkpoint = open_checkpoint("zoo:small/base")
+    loaded = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype="auto")
+    assert_holds(checkpoint, {name: parameter.detach() for name, parameter in loaded.named_parameters()})
+
+
+def test_a_file_deleted_after_opening_is_an_error_on_reading(save_checkpoint: SaveCheckpoint) -> None:
+    folder = save_checkpoint("one", TENSORS)
+    checkpoint = open_checkpoint(folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError) as caught:
+        checkpoint["scale"]
+    assert str(caught.value).startswith(f"{folder / 'model.safetensors'}: tensor 'scale' cannot be read: No such file")
+
+
+@pytest.mark.parametrize("left", [0, 4, 60, -1])
+def test_a_file_truncated_after_opening_is_an_error_on_reading(save_checkpoint: SaveCheckpoint, left: int) -> None:
+    file = save_checkpoint("one", {"a.weight": torch.ones(3), "b.weight": torch.ones(5)}) / "model.safetensors"
+    checkpoint = open_checkpoint(file)
+    file.write_bytes(file.read_bytes()[:left])
+    with pytest.raises(CheckpointError) as caught:
+        checkpoint["b.weight"]
+    assert str(caught.value).startswith(f"{file}: tensor 'b.weight' cannot be read: it ends ")
+    assert "bytes too early; " in str(caught.value)
+
+
+def test_an_error_on_reading_says_what_to_do(save_checkpoint: SaveCheckpoint) -> None:
+    file = save_checkpoint("one", TENSORS) / "model.safetensors"
+    checkpoint = open_checkpoint(file)
+    save_file({"other.weight": torch.ones(2)}, file)
+    with pytest.raises(CheckpointError, match=r"tensor 'scale' cannot be read: .*; .* again"):
+        checkpoint["scale"]
+
+
+def test_errors_are_value_errors(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no such file"):
+        open_checkpoint(tmp_path / "nowhere")

@@ -1,0 +1,184 @@
+"""What a worker does with a job: all evaluations of one edit, those that fail with their error."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from delta_analysis.checkpoints.provenance import versions
+from delta_analysis.pruning.pruners import Dare
+from delta_analysis.sweeps import pairs as editable
+from delta_analysis.sweeps.cells import SCHEMA, CellStore
+from delta_analysis.sweeps.engine import Job, run_job
+from delta_analysis.sweeps.intervals import MEAN, PERPLEXITY, metric_interval
+from delta_analysis.sweeps.pairs import Edit, EditablePair, Pair
+from tests.tiny_family import NORM, UP, Fails, Family, Judge, Reads, flat, make_family
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
+    return make_family(tmp_path_factory.mktemp("family"))
+
+
+@dataclass(frozen=True)
+class Gives(Judge):
+    """The same outcomes for every model."""
+
+    outcomes: tuple[object, ...]
+    name: str = "gives"
+
+    def __call__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, np.ndarray]:
+        return {"accuracy": np.array(self.outcomes)}
+
+
+@dataclass(frozen=True)
+class CannotBePrepared(Judge):
+    name: str = "cannot"
+
+    def bind(self, untouched: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> CannotBePrepared:
+        raise ValueError("cannot be prepared")
+
+
+@pytest.fixture
+def job_of(family: Family, tmp_path: Path) -> Callable[..., Job]:
+    def job(*evaluations: Judge, edit: Edit | None = None, seed: int = 3) -> Job:
+        named = tuple((f"key {i}", evaluation) for i, evaluation in enumerate(evaluations))
+        hashes, cells = ("base hash", "tuned hash"), CellStore(tmp_path / "cells")
+        return Job(family.pair(), edit, seed, hashes, "cpu", cells, named)  # type: ignore[arg-type]
+
+    return job
+
+
+def test_each_cell_has_a_row_a_metric_with_its_interval(job_of: Callable[..., Job], family: Family) -> None:
+    evaluations = (Reads((NORM, UP)), Reads((UP,), "perplexity"))
+    job = job_of(*evaluations, edit=Edit(Dare(0.5), "mlp"))
+    found = run_job(job)
+    assert list(found) == ["key 0", "key 1"]
+    up = family.base_weights[UP] + Dare(0.5)(family.delta[UP], name=UP, seed=3)
+    weights = family.finetuned_weights | {UP: up}
+    for rows, names, metric in zip(found.values(), [(NORM, UP), (UP,)], [MEAN, PERPLEXITY], strict=True):
+        (row,) = rows
+        expected = flat(weights, *names)
+        assert row["outcomes"] == expected.tolist()
+        assert (row["value"], row["low"], row["high"]) == metric_interval(metric, expected[None])
+        # All matrices of the layer's MLP are in scope, the norm is not.
+        assert row["achieved_drop_rate"] == pytest.approx(0.5, abs=0.1)
+        assert row["seconds"] > 0
+    assert [rows[0]["metric"] for rows in found.values()] == ["accuracy", "perplexity"]
+
+
+def test_a_row_says_where_it_comes_from(job_of: Callable[..., Job], family: Family) -> None:
+    (row,) = run_job(job_of(Reads(), edit=Edit(Dare(0.5))))["key 0"]
+    assert set(row) == set(SCHEMA.names) - {"error"}
+    assert (row["base_hash"], row["finetuned_hash"], row["device"]) == ("base hash", "tuned hash", "cpu")
+    assert row["versions"] == ", ".join(f"{name} {version}" for name, version in versions().items())
+    described = json.loads(row["cell"])
+    assert described["pair"] == {"name": "base → tuned", "base": str(family.base), "finetuned": str(family.finetuned)}
+    assert described["seed"] == 3
+    assert described["edit"]["pruner"]["drop_rate"] == 0.5
+
+
+def test_each_cell_is_on_disk_before_the_next_one_runs(job_of: Callable[..., Job], tmp_path: Path) -> None:
+    seen: list[list[str]] = []
+
+    class Looks(Judge):
+        def __call__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, np.ndarray]:
+            seen.append(sorted(path.stem for path in (tmp_path / "cells").glob("*.parquet")))
+            return {"accuracy": np.ones(2)}
+
+    job = job_of(Reads(), Looks(), CannotBePrepared(), Looks())
+    found = run_job(job)
+    # What failed is not kept.
+    assert seen == [["key 0"], ["key 0", "key 1"]]
+    for key in ("key 0", "key 1", "key 3"):
+        assert job.cells.read(key) == [{**row, "error": None} for row in found[key]]
+
+
+def test_a_cell_that_cannot_be_written_fails_alone(job_of: Callable[..., Job]) -> None:
+    @dataclass(frozen=True)
+    class BadName(Judge):
+        def __call__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, np.ndarray]:
+            return {"\udc80": np.ones(2)}
+
+    bad, good = run_job(job_of(BadName(), Reads())).values()
+    assert bad[0]["error"].startswith("UnicodeEncodeError")
+    assert "error" not in good[0]
+
+
+def test_without_an_edit_the_model_is_untouched(job_of: Callable[..., Job], family: Family) -> None:
+    (row,) = run_job(job_of(Reads((UP,))))["key 0"]
+    assert row["outcomes"] == flat(family.finetuned_weights, UP).tolist()
+    assert row["achieved_drop_rate"] == 0
+
+
+@pytest.mark.parametrize("outcomes", [(True, False), (1, 0), (1.0, 0.0)])
+def test_outcomes_are_floats(job_of: Callable[..., Job], family: Family, outcomes: tuple[object, ...]) -> None:
+    (row,) = run_job(job_of(Gives(outcomes)))["key 0"]
+    assert [type(each) for each in row["outcomes"]] == [float, float]
+    assert row["outcomes"] == [1, 0]
+    assert row["value"] == 0.5
+
+
+def test_one_that_fails_leaves_the_others(job_of: Callable[..., Job], family: Family, tmp_path: Path) -> None:
+    (tmp_path / "cause").touch()
+    evaluations = (Fails(str(tmp_path / "cause")), Reads(), CannotBePrepared(), Gives(()), Reads((UP,)))
+    job = job_of(*evaluations, edit=Edit(Dare(1)))
+    first, reads, third, fourth, again = run_job(job).values()
+    assert [row.get("error") for rows in (first, third) for row in rows] == [
+        "RuntimeError: the cause is there",
+        "ValueError: cannot be prepared",
+    ]
+    assert fourth[0]["error"].startswith("ZeroDivisionError")
+    assert reads[0]["outcomes"] == flat(family.base_weights, NORM).tolist()
+    assert again[0]["outcomes"] == flat(family.base_weights, UP).tolist()
+    assert "error" not in reads[0]
+    # What failed says where it comes from, too.
+    assert first[0]["cell"] == reads[0]["cell"]
+    (untouched,) = run_job(job_of(Reads((UP,))))["key 0"]
+    assert untouched["outcomes"] == flat(family.finetuned_weights, UP).tolist()
+
+
+@pytest.mark.parametrize(
+    ("edit", "error"),
+    [(Edit(Dare(0.5), "nothing"), "ValueError: scope 'nothing' selects none"), (None, "CheckpointError: ")],
+)
+def test_an_edit_or_a_pair_that_fails_is_the_error_of_all_its_cells(
+    job_of: Callable[..., Job], family: Family, edit: Edit | None, error: str
+) -> None:
+    job = job_of(Reads(), Reads((UP,)), edit=edit)
+    if edit is None:
+        job = replace(job, pair=Pair("lost", str(family.base), "zoo:small/lost"), hashes=("", "lost"))
+    found = run_job(job)
+    assert list(found) == ["key 0", "key 1"]
+    assert all(row["error"].startswith(error) for rows in found.values() for row in rows)
+
+
+def test_jobs_of_a_pair_load_it_once(
+    job_of: Callable[..., Job], family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[str] = []
+    load = EditablePair.load
+
+    def counted(pair: Pair, device: str = "cpu") -> EditablePair:
+        loaded.append(pair.name)
+        return load(pair, device)
+
+    monkeypatch.setattr(editable, "_held", {})
+    monkeypatch.setattr(EditablePair, "load", counted)
+    for seed in range(3):
+        run_job(job_of(Reads(), edit=Edit(Dare(0.5)), seed=seed))
+    assert loaded == ["base → tuned"]
+
+
+def test_a_job_and_what_it_gives_can_be_pickled(job_of: Callable[..., Job], family: Family) -> None:
+    job = job_of(Reads(), edit=Edit(Dare(0.5)))
+    assert pickle.loads(pickle.dumps(job)) == job
+    found = run_job(job)
+    assert pickle.loads(pickle.dumps(found)) == found
