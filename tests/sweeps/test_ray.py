@@ -7,9 +7,10 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -31,13 +32,20 @@ def executor(cluster: None) -> Iterator[RayExecutor]:
         yield executor
 
 
-def wait_for(path: Path) -> None:
+LIMIT = 3600
+"""Seconds after which a wait has hung: no measure of how fast a machine should be."""
+
+
+def wait_for(path: Path, call: Future[Any] | None = None) -> None:
+    """Until a file is there; a call that was to write it and has ended instead gives its error at once."""
     # A worker imports the package first, and workers start one after the other.
-    for _ in range(20_000):
-        if path.exists():
-            return
+    started = time.monotonic()
+    while not path.exists():
+        if call is not None and call.done() and not path.exists():
+            raise AssertionError(f"the call ended without {path}") from call.exception()
+        if time.monotonic() - started > LIMIT:
+            raise TimeoutError(path)
         time.sleep(0.01)
-    raise TimeoutError(path)
 
 
 def double(number: int) -> int:
@@ -158,7 +166,7 @@ def test_shutdown_cancels_its_own_calls_only(cluster: None, tmp_path: Path) -> N
     begun = tmp_path / "begun"
     kept = other.submit(wait_and_double, tmp_path / "go", 4)
     stopped = mine.submit(wait_and_double, tmp_path / "never", 5, begun)
-    wait_for(begun)
+    wait_for(begun, stopped)
     mine.shutdown(cancel_futures=True)
     assert stopped.cancelled()
     with pytest.raises(RuntimeError, match="after shutdown"):
