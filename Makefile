@@ -8,7 +8,7 @@ EVALUATION ?=
 OTHER_BASE ?=
 INPUTS ?=
 
-.PHONY: install report test refresh bench
+.PHONY: install report test mutants refresh bench
 
 install: $(STAMP)
 
@@ -38,6 +38,9 @@ test: install
 	@$(BIN)/pytest
 	@echo "== test 4/4: the committed notebooks, cell by cell"
 	@$(BIN)/pytest --nbval --nbval-current-env --nbval-sanitize-with tests/nbval.cfg notebooks
+
+mutants: install
+	@$(BIN)/python tests/mutants.py
 
 refresh: install
 	@$(BIN)/python -m delta_analysis.reports.refresh
