@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import multiprocessing
+import os
 import secrets
 import tempfile
 import warnings
@@ -14,6 +15,7 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import pytest
@@ -21,6 +23,11 @@ import torch
 from safetensors.torch import save_file
 
 mpl.use("agg")
+
+# The same few examples each time; many new ones with HYPOTHESIS_PROFILE=nightly.
+hypothesis.settings.register_profile("ci", max_examples=25, derandomize=True, deadline=None)
+hypothesis.settings.register_profile("nightly", max_examples=300, deadline=None)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 SaveCheckpoint = Callable[..., Path]
 
@@ -60,7 +67,7 @@ def _server_of_processes(request: pytest.FixtureRequest) -> None:
     """Start it with the first test, if any wants it, so that it imports while others run."""
     if any("processes" in getattr(item, "fixturenames", ()) for item in request.session.items):
         multiprocessing.set_forkserver_preload(
-            ["delta_analysis.reports.session", "hypothesis", "papermill", "tests.test_sweep_kills"]
+            ["delta_analysis.reports.session", "hypothesis", "papermill", "tests.sweeps.test_sweep_kills"]
         )
         forkserver.ensure_running()
 

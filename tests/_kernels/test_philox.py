@@ -7,7 +7,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chi2
 
@@ -65,13 +65,11 @@ def test_the_reference_itself_gives_the_published_answers(counter: str, key: str
     assert slow_philox(words(counter), words(key)) == words(answer)
 
 
-@settings(deadline=None, max_examples=300)
 @given(counter=st.tuples(WORD, WORD, WORD, WORD), key=st.tuples(WORD, WORD))
 def test_equals_the_reference_for_any_counter_and_key(counter: tuple[int, ...], key: tuple[int, ...]) -> None:
     assert fast_philox(counter, key) == slow_philox(counter, key)
 
 
-@settings(deadline=None)
 @given(seed=st.integers(-(2**70), 2**70), name=st.text(st.characters(exclude_categories=["Cs"]), max_size=60))
 def test_key_is_the_hash_of_seed_and_name(seed: int, name: str) -> None:
     assert stream_key(seed, name) == slow_key(seed, name)
@@ -87,7 +85,6 @@ def test_key_tells_the_seed_from_a_number_in_the_name() -> None:
     assert stream_key(12, "w") != stream_key(1, "2/w")
 
 
-@settings(deadline=None)
 @given(
     seed=st.integers(0, 2**32),
     name=st.text("abc.0", max_size=8),
@@ -113,7 +110,6 @@ def test_high_counter_word_is_used_past_two_to_the_34_elements() -> None:
     assert drawn[6:].tolist() != random_bits(6, seed=5, name="w").tolist()
 
 
-@settings(deadline=None)
 @given(cuts=st.lists(st.integers(0, 500), max_size=8), start=st.sampled_from([0, 3, COUNTER_LIMIT - 250]))
 def test_chunks_of_any_size_give_the_same_stream(cuts: list[int], start: int) -> None:
     whole = random_bits(500, seed=2, name="layer", start=start)

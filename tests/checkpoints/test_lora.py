@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from peft.utils.other import get_pattern_key
@@ -260,7 +260,6 @@ def test_products_are_formed_in_float32(tmp_path: Path, dtype: torch.dtype) -> N
     torch.testing.assert_close(read.double(), 2 * up @ down, rtol=1e-6, atol=1e-6)
 
 
-@settings(deadline=None)
 @given(
     out=st.integers(0, 5),
     inside=st.lists(st.integers(0, 4), min_size=1, max_size=3),
@@ -295,7 +294,6 @@ PATTERN = MODULE | st.sampled_from(
 )
 
 
-@settings(deadline=None, max_examples=200)
 @given(
     modules=st.sets(MODULE, min_size=1, max_size=6),
     patterns=st.dictionaries(PATTERN, st.integers(1, 99), max_size=4),
@@ -410,7 +408,6 @@ JSON = st.recursive(
 SETTINGS = sorted({field.name for field in dataclasses.fields(LoraConfig)})
 
 
-@settings(deadline=None, max_examples=200)
 @given(changes=st.dictionaries(st.sampled_from(SETTINGS), JSON, min_size=1, max_size=2))
 def test_any_config_gives_a_finite_scale_or_an_error(changes: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as folder:

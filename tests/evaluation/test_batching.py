@@ -47,7 +47,6 @@ def paid(made: list[Batch]) -> int:
     )
 
 
-@settings(deadline=None, max_examples=150)
 @given(case=rows_and_starts(), batch_size=st.integers(1, 12), shared=st.booleans())
 def test_each_row_is_in_one_batch_as_it_was(
     case: tuple[list[list[int]], list[int]], batch_size: int, shared: bool

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from delta_analysis._kernels.blocks import single_threaded_pool
@@ -71,7 +71,6 @@ def entry_of(
     return scaling * (fused / whole if fuse == "mean" and counted else fused)
 
 
-@settings(deadline=None, max_examples=400)
 @given(
     deltas=votes(),
     weights=st.lists(WEIGHT, min_size=4, max_size=4),
@@ -119,7 +118,6 @@ def test_an_election_by_hand() -> None:
     assert elected(deltas, [1, 1, 3], elect=False).tolist() == pytest.approx([-3 / 5, 4, 0, 0, 2, 3.5])
 
 
-@settings(deadline=None)
 @given(deltas=votes(EXACT), weights=st.lists(st.sampled_from([0.5, 1.0, 2.0]), min_size=4, max_size=4))
 def test_without_slack_the_largest_sum_wins(deltas: list[list[float]], weights: list[float]) -> None:
     """What is fused is the larger of the positive and the negative sum of each entry."""
@@ -129,7 +127,6 @@ def test_without_slack_the_largest_sum_wins(deltas: list[list[float]], weights: 
     assert found.tolist() == np.where(up >= -down, up, down).tolist()
 
 
-@settings(deadline=None)
 @given(
     deltas=votes(st.sampled_from([-2.0, -0.5, 0.25, 1.0]) | EXACT),
     weights=st.lists(st.sampled_from([0.5, 1.0, 2.0]), min_size=4, max_size=4),
@@ -149,7 +146,6 @@ def test_slack_of_nothing_is_the_plain_election_but_where_all_cancels(
     assert torch.equal(won, own[(total == 0) & (own != 0)].sign())
 
 
-@settings(deadline=None)
 @given(
     deltas=votes(EXACT, low=2),
     weights=st.lists(st.sampled_from([0.5, 1.0, 100.0]), min_size=4, max_size=4),
@@ -169,7 +165,6 @@ def test_with_infinite_slack_the_protected_never_loses(
     assert torch.equal(found[~changed], plain[~changed])
 
 
-@settings(deadline=None)
 @given(
     own=st.sampled_from([-4.0, -1.0, 1.0, 2.0]),
     other=st.sampled_from([-16.0, -8.0, -7.5, -3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 8.0, 9.0]),

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 
@@ -94,7 +94,6 @@ def error_of(pruner: Lawful, tensor: torch.Tensor) -> float:
     return float(((drop * (1 - drop) * factor**2) * sizes_of(tensor) ** 2).sum())
 
 
-@settings(deadline=None, max_examples=200)
 @given(tensor=tensors(), drop_rate=RATE)
 def test_scale_against_water_filling(tensor: torch.Tensor, drop_rate: float) -> None:
     found, exact = find_scale([("w", tensor)], drop_rate), slow_scale(sizes_of(tensor), drop_rate)
@@ -108,7 +107,6 @@ def test_scale_against_water_filling(tensor: torch.Tensor, drop_rate: float) -> 
     np.testing.assert_allclose(factor[drop < 1], 1 / (1 - drop[drop < 1]))
 
 
-@settings(deadline=None, max_examples=300)
 @given(tensor=tensors(), drop_rate=RATE)
 def test_mean_drop_probability_is_the_drop_rate(tensor: torch.Tensor, drop_rate: float) -> None:
     """Or the share of zeros where there are more of them; off by less than the one bucket lets it be."""
@@ -127,7 +125,6 @@ def test_scale_is_exact_where_no_bucket_holds_two_sizes() -> None:
         assert slow_scale(sizes_of(delta), drop_rate) == pytest.approx(scale)
 
 
-@settings(deadline=None, max_examples=200)
 @given(tensor=tensors(), drop_rate=st.floats(0.001, 0.999), window=st.floats(0, 1))
 def test_no_unbiased_way_has_less_variance(tensor: torch.Tensor, drop_rate: float, window: float) -> None:
     """At the drop rate that the bucket leaves, DARE and MAGPRUNE with any window make no smaller error."""
@@ -189,7 +186,6 @@ def test_unbiased_with_the_variance_of_the_law(drop_rate: float) -> None:
     assert np.abs(errors.mean(axis=0)[keep == 1]).max(initial=0) < 1e-6
 
 
-@settings(deadline=None)
 @given(tensor=tensors(), drop_rate=RATE, seed=st.integers(0, 1000))
 def test_random_numbers_are_those_of_dare(tensor: torch.Tensor, drop_rate: float, seed: int) -> None:
     drop, _ = law_of(Proportional(drop_rate), tensor)
@@ -260,7 +256,6 @@ def test_a_single_entry_falls_with_probability_p() -> None:
         torch.testing.assert_close(Proportional(0.7)(torch.tensor(3.0), name="w", seed=seed), dare)
 
 
-@settings(deadline=None)
 @given(rates=st.lists(RATE, min_size=2, max_size=6), tensor=tensors(), seed=st.integers(0, 99))
 def test_masks_are_nested_over_drop_rates(rates: list[float], tensor: torch.Tensor, seed: int) -> None:
     kept = [Proportional(rate)(tensor, name="w", seed=seed) != 0 for rate in sorted(rates)]
@@ -316,7 +311,7 @@ def test_strides_and_cuts_into_blocks_do_not_matter(monkeypatch: pytest.MonkeyPa
     tensor = normal(40, 30)
     expected = Proportional(0.6)(tensor, name="w", seed=1)
     assert torch.equal(Proportional(0.6)(tensor.T.contiguous().T, name="w", seed=1), expected)
-    monkeypatch.setattr("delta_analysis.pruning.pruners.proportional._SUMMED", 7)
+    monkeypatch.setattr("delta_analysis.pruning.proportional._SUMMED", 7)
     assert torch.equal(Proportional(0.6)(tensor, name="w", seed=1), expected)
 
 

@@ -11,7 +11,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from peft.utils.merge_utils import magnitude_based_pruning, prune
 from scipy.stats import binom, norm
@@ -112,7 +112,6 @@ def slow_kept(tensor: torch.Tensor, probabilities: list[Fraction], *, name: str,
     return [u >= round(p * 2**32) for u, p in zip(numbers, probabilities, strict=True)]
 
 
-@settings(deadline=None, max_examples=200)
 @given(tensor=tensors(), drop_rate=RATE, scope=st.sampled_from(["tensor", "row"]), seed=st.integers(0, 99))
 def test_magnitude_against_sorting(tensor: torch.Tensor, drop_rate: float, scope: str, seed: int) -> None:
     pruned = Magnitude(drop_rate, scope)(tensor, name="w", seed=seed)
@@ -120,7 +119,6 @@ def test_magnitude_against_sorting(tensor: torch.Tensor, drop_rate: float, scope
     assert pruned.reshape(-1).tolist() == slow_magnitude(tensor, drop_rate, scope, name="w", seed=seed)
 
 
-@settings(deadline=None, max_examples=300)
 @given(
     tensor=tensors(),
     drop_rate=RATE,
@@ -255,7 +253,6 @@ def test_which_ties_fall_depends_on_seed_and_name() -> None:
 
 
 @pytest.mark.parametrize("scope", ["tensor", "row"])
-@settings(deadline=None)
 @given(rates=st.lists(st.floats(0, 1), min_size=2, max_size=5), tensor=tensors())
 def test_magnitude_masks_are_nested_over_drop_rates(scope: str, rates: list[float], tensor: torch.Tensor) -> None:
     marked = torch.where(tensor == 0, 1e-3, tensor)
@@ -264,7 +261,6 @@ def test_magnitude_masks_are_nested_over_drop_rates(scope: str, rates: list[floa
         assert not (harsh & ~gentle).any()
 
 
-@settings(deadline=None)
 @given(
     rates=st.lists(st.floats(0, 1), min_size=2, max_size=5),
     rank=st.sampled_from(["row", "tensor", "value"]),
@@ -338,7 +334,6 @@ def test_keep_probability_at_each_decile_of_ranks(
     assert total <= binom.isf(FALSE_ALARM / 22, 10 * n, 1 - drop_rate)
 
 
-@settings(deadline=None)
 @given(tensor=tensors(), drop_rate=st.floats(0.01, 0.99), rank=st.sampled_from(["row", "tensor"]))
 def test_mean_of_the_probabilities_is_the_drop_rate(tensor: torch.Tensor, drop_rate: float, rank: str) -> None:
     pruner = MagPrune(drop_rate, rank=rank)

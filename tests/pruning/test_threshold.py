@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from delta_analysis._kernels import kernels
@@ -55,7 +55,6 @@ def below(cut: Cut, order: list[Place]) -> list[Place]:
     return [place for place in order if (place[0], place[1], place[3]) < cut.within(place[2])]
 
 
-@settings(deadline=None, max_examples=200)
 @given(entries=TENSORS, seed=st.integers(0, 100), data=st.data())
 def test_exactly_the_least_entries_lie_below(
     entries: dict[str, tuple[list[float], torch.dtype]], seed: int, data: st.DataObject
@@ -69,7 +68,6 @@ def test_exactly_the_least_entries_lie_below(
     assert below(cut, order) == order[:count]
 
 
-@settings(deadline=None)
 @given(entries=TENSORS, data=st.data())
 def test_order_of_the_tensors_changes_nothing(
     entries: dict[str, tuple[list[float], torch.dtype]], data: st.DataObject

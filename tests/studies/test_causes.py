@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from scipy.stats import kstest, norm
 
@@ -36,7 +36,6 @@ def added(noise: Noise, tensor: torch.Tensor, seed: int = 0, name: str = "w") ->
 FINITE = st.lists(st.floats(-1e3, 1e3, width=32, allow_subnormal=False), min_size=1, max_size=30)
 
 
-@settings(deadline=None, max_examples=200)
 @given(values=FINITE, drop_rate=st.floats(0, 0.999), seed=st.integers(0, 99))
 @example(values=[0.1, -0.3, 0.7] * 9, drop_rate=0.7, seed=0)
 def test_noise_of_dropping_the_delta_is_dare(values: list[float], drop_rate: float, seed: int) -> None:
