@@ -88,8 +88,8 @@ class CellStore:
             # In one go: the file may be replaced while it is read.
             table = pq.read_table(pa.BufferReader(self.path(key).read_bytes()))
             rows: list[Row] = table.to_pylist()
-            # Parquet itself overlooks many a changed byte.
-            whole = table.schema.metadata[b"digest"] == digest(rows).encode()
+            # Parquet itself overlooks many a changed byte, and a file under another name is another cell.
+            whole = table.schema.metadata[b"digest"] == digest([key, rows]).encode()
         except (OSError, ValueError, TypeError, KeyError, pa.ArrowException):
             return None
         return rows if whole and rows and not any(row["error"] for row in rows) else None
@@ -102,7 +102,7 @@ class CellStore:
         partial = self.folder / f".{key}.{os.getpid()}-{uuid.uuid4().hex[:8]}.partial"
         try:
             table = pa.Table.from_pylist(rows, schema=SCHEMA)
-            pq.write_table(table.replace_schema_metadata({"digest": digest(table.to_pylist())}), partial)
+            pq.write_table(table.replace_schema_metadata({"digest": digest([key, table.to_pylist()])}), partial)
             partial.replace(self.path(key))
         finally:
             partial.unlink(missing_ok=True)

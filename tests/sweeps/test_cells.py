@@ -268,3 +268,10 @@ def test_many_may_write_and_read_a_cell_at_the_same_time(tmp_path: Path) -> None
     with ThreadPoolExecutor(8) as pool:
         assert all(found in rows for found in pool.map(write_and_read, rows))
     assert [path.name for path in tmp_path.iterdir()] == ["key.parquet"]
+
+
+def test_a_cell_under_another_name_is_not_believed(tmp_path: Path) -> None:
+    store = CellStore(tmp_path)
+    store.write("one", [ROW])
+    store.path("one").rename(store.path("other"))
+    assert store.read("other") is None
