@@ -125,7 +125,8 @@ class Merging:
 
 def merge_source(pair: Pair, texts: Sequence[str] = ()) -> MergeSource:
     """A pair's delta as a part of a merge."""
-    assert pair.base is not None
+    if pair.base is None:
+        raise ValueError(f"a merge adds deltas to a base, and pair {pair.name!r} has none; give Pair its base")
     return MergeSource(pair.base, pair.finetuned, (content_hash(pair.base), content_hash(pair.finetuned)), tuple(texts))
 
 

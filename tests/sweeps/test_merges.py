@@ -308,6 +308,11 @@ def test_a_merge_is_no_pruner_of_one_tensor(sources: Sources) -> None:
         merging(torch.ones(3), name="w", seed=0)
 
 
+def test_a_pair_without_a_base_is_no_part_of_a_merge(sources: Sources) -> None:
+    with pytest.raises(ValueError, match="pair 'alone' has none; give Pair its base"):
+        merge_source(Pair("alone", None, "anywhere"))
+
+
 def test_weights_are_as_many_as_sources(sources: Sources) -> None:
     with pytest.raises(ValueError, match="weights: 2 are given for 3 deltas; give one for each"):
         Merging(sources.parts(), da.merging.Average(), weights=(1.0, 1.0))
