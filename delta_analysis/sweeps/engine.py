@@ -200,11 +200,14 @@ def _plan(asked: Sequence[Cell], hashes: Hashes, device: str, store: CellStore) 
     keys: list[str] = []
     planned: set[str] = set()
     groups: dict[tuple[Pair, Edit | None, int], dict[str, Evaluation]] = {}
+    is_delta: dict[Pair, bool] = {}
     for cell in asked:
         edit, seed = _canonical(cell.edit, cell.seed)
         base, finetuned = hashes[cell.pair]
         # An untouched fine-tune is the same whatever its base; an adapter is nothing without it.
-        matters = edit is not None or open_checkpoint(cell.pair.finetuned).is_delta
+        if edit is None and cell.pair not in is_delta:
+            is_delta[cell.pair] = open_checkpoint(cell.pair.finetuned).is_delta
+        matters = edit is not None or is_delta[cell.pair]
         described = [base if matters else "", finetuned, content(edit), seed, judged[cell.evaluation], version]
         keys.append(digest(described))
         if keys[-1] not in planned:
@@ -262,7 +265,8 @@ def _submitted(pool: Executor, job: Job) -> Future[dict[str, list[Row]]]:
 @contextmanager
 def _pool(jobs: Sequence[Job]) -> Iterator[Executor]:
     """Threads of this process: one a core for small models on the CPU, else a single one."""
-    edited = {edited_source(job.pair) for job in jobs}
+    # A pair is opened once, not for every job: that may ask the hub.
+    edited = {edited_source(pair) for pair in dict.fromkeys(job.pair for job in jobs)}
     largest = max((sum(f.stat().st_size for f in open_checkpoint(source).files()) for source in edited), default=0)
     small = all(job.device == "cpu" for job in jobs) and largest < LARGE
     workers = min(torch.get_num_threads(), len(jobs)) if small else 1

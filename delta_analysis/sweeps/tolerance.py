@@ -95,22 +95,24 @@ def measure_tolerance(
     wanted: dict[Pair, list[float]] = {pair: sorted({0.0, *drop_rates}) for pair in pairs}
     tables: list[pd.DataFrame] = []
     metrics: dict[Pair, Metric] = {}
-    while any(wanted.values()):
-        asked = [
-            Cell(pair, at_drop_rate(edit, rate), seed, _only_one(pair, evaluations))
-            for pair, rates in wanted.items()
-            for rate in rates
-            for seed in useful_seeds(at_drop_rate(edit, rate).pruner, seeds)
-        ]
-        tables.append(judge(asked, out_dir, executor, device=device, progress=progress))
-        for pair, rates in wanted.items():
-            here = first_metric(tables[-1][tables[-1]["pair"] == pair.name])
-            if rates:
-                metrics[pair] = metric_named(here["metric"].iloc[0])
-                outcomes[pair] |= {rate: outcome_matrix(here[here["drop_rate"] == rate]) for rate in rates}
-        rates_next = {pair: next_rate(metrics[pair], outcomes[pair], resolution) for pair in pairs}
-        wanted = {pair: [] if rate is None else [rate] for pair, rate in rates_next.items()}
-    release_pairs()
+    try:
+        while any(wanted.values()):
+            asked = [
+                Cell(pair, at_drop_rate(edit, rate), seed, _only_one(pair, evaluations))
+                for pair, rates in wanted.items()
+                for rate in rates
+                for seed in useful_seeds(at_drop_rate(edit, rate).pruner, seeds)
+            ]
+            tables.append(judge(asked, out_dir, executor, device=device, progress=progress))
+            for pair, rates in wanted.items():
+                here = first_metric(tables[-1][tables[-1]["pair"] == pair.name])
+                if rates:
+                    metrics[pair] = metric_named(here["metric"].iloc[0])
+                    outcomes[pair] |= {rate: outcome_matrix(here[here["drop_rate"] == rate]) for rate in rates}
+            rates_next = {pair: next_rate(metrics[pair], outcomes[pair], resolution) for pair in pairs}
+            wanted = {pair: [] if rate is None else [rate] for pair, rate in rates_next.items()}
+    finally:
+        release_pairs()
     found = [_tolerance(pair, edit, metrics[pair], outcomes[pair]) for pair in pairs]
     return pd.DataFrame(found), pd.concat(tables, ignore_index=True)
 

@@ -368,3 +368,19 @@ def test_dropping_the_weights_of_an_embedded_model(tmp_path: Path) -> None:
     changed = replace(questions, questions=(Question("2+2=", "4"), *questions.questions[1:]))
     sweep([pair], [Dare(0)], [changed], [0], tmp_path)
     assert len(cells_of(tmp_path)) == 4
+
+
+def test_a_pair_is_opened_once_whatever_the_number_of_cells(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+    for name, function in (("open_checkpoint", open_checkpoint), ("edited_source", editable.edited_source)):
+
+        def counted(source: Any, *, name: str = name, function: Any = function) -> Any:
+            opened.append(name)
+            return function(source)
+
+        monkeypatch.setattr(sweep_module, name, counted)
+    sweep([family.pair()], [Dare(0), Dare(0.5)], [Reads(name="one"), Reads(name="two")], [0, 1, 2], tmp_path)
+    # Once for the untouched cells, once for the size of what is edited.
+    assert sorted(opened) == ["edited_source", "open_checkpoint", "open_checkpoint"]

@@ -543,6 +543,17 @@ def test_cells_that_fail_are_an_error(pair: Pair, tmp_path: Path) -> None:
     assert tolerances["tolerated"].to_numpy() == pytest.approx([0.999])
 
 
+def test_large_pairs_are_let_go_after_cells_that_fail(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(editable, "HELD_BYTES", 0)
+    cause = tmp_path / "cause"
+    cause.touch()
+    with pytest.raises(SweepError, match="the cause is there"):
+        measure_tolerance([pair], Dare(0.5), [Fails(str(cause))], [0], tmp_path)
+    assert not editable._held
+
+
 def row(value: float, low: float, high: float) -> pd.Series:
     return pd.Series({"tolerated": inverse_logit(value), "low": inverse_logit(low), "high": inverse_logit(high)})
 
