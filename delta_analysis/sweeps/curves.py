@@ -26,11 +26,22 @@ def drop_curve(cells: pd.DataFrame) -> pd.DataFrame:
     -------
     DataFrame, one row a `pair, method, scope, evaluation, metric, drop_rate`; `seeds`, how many;
     `value, low, high`.
+
+    Raises
+    ------
+    ValueError
+        Cells of one curve that differ in rescale or an option of the method: they are no seeds of each other.
     """
     keys = ["pair", "method", "scope", "evaluation", "metric", "drop_rate"]
+    settings = [name for name in cells.columns if name == "rescale" or name.startswith("option_")]
     rows = []
     for _, group in cells.groupby(keys, sort=False):
         first = group.iloc[0]
+        if differs := [name for name in settings if len(group[name].unique()) > 1]:
+            raise ValueError(
+                f"{first['pair']}, {first['method']} at drop rate {first['drop_rate']:g}: cells differ in "
+                f"{differs[0]!r}, so they are no seeds of one curve; select one value, or put it into the method's name"
+            )
         value, low, high = metric_interval(metric_named(first["metric"]), outcome_matrix(group))
         rows.append(
             {**{key: first[key] for key in keys}, "seeds": len(group), "value": value, "low": low, "high": high}

@@ -128,3 +128,12 @@ def test_the_first_metric_of_the_first_evaluation_of_each_pair() -> None:
     assert len(first) == len(cells) // 3
     pd.testing.assert_frame_equal(first, cells.loc[first.index])
     pd.testing.assert_frame_equal(first_metric(first), first)
+
+
+@pytest.mark.parametrize("column", ["rescale", "option_by"])
+def test_cells_of_other_options_are_no_seeds(column: str) -> None:
+    one = cell("TIES", 0.5, 0, [1, 1], **{column: "a"})
+    other = cell("TIES", 0.5, 1, [0, 0], **{column: "b"})
+    with pytest.raises(ValueError, match=f"cells differ in '{column}'"):
+        drop_curve(pd.DataFrame([one, other]))
+    assert drop_curve(pd.DataFrame([one, {**other, "method": "another"}]))["seeds"].tolist() == [1, 1]
