@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from delta_analysis.checkpoints import open_checkpoint
+from delta_analysis.checkpoints import PREFIX, open_checkpoint, pair_sources
 from delta_analysis.deltas import editable_shapes, in_scope, load_delta
 from delta_analysis.evaluation import (
     Evaluation,
@@ -34,12 +34,18 @@ class Pair:
     ----------
     name : how tables and figures call the pair, `base → fine-tune`.
     base, finetuned : sources as `load_delta` takes them; without a base (None) it is the fine-tuned
-        weights themselves that are dropped.
+        weights themselves that are dropped. `pair:NAME` stands for its side of a known pair.
     """
 
     name: str
     base: str | None
     finetuned: str
+
+    def __post_init__(self) -> None:
+        if self.base and self.base.startswith(PREFIX):
+            object.__setattr__(self, "base", pair_sources(self.base)[0])
+        if self.finetuned.startswith(PREFIX):
+            object.__setattr__(self, "finetuned", pair_sources(self.finetuned)[1])
 
 
 @dataclass(frozen=True)

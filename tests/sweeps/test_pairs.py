@@ -414,3 +414,11 @@ def test_two_large_pairs_are_never_held_together(
     assert len(editable._held) == 1
     release_pairs()
     assert not editable._held
+
+
+def test_a_known_pair_stands_for_its_two_sources() -> None:
+    named = "pair:wizardmath-13b"
+    sources = ("meta-llama/Llama-2-13b-hf", "WizardLMTeam/WizardMath-13B-V1.0")
+    assert Pair("a", named, named) == Pair("a", *sources)
+    assert Pair("a", None, named) == Pair("a", None, sources[1])
+    assert Pair("a", "base", named) == Pair("a", "base", sources[1])
