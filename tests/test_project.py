@@ -7,10 +7,10 @@ import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import yaml
 from packaging.requirements import Requirement
@@ -22,60 +22,6 @@ from delta_analysis.checkpoints.paths import find_root
 
 ROOT = find_root()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-LAYERS = (
-    ("_errors", "names", "memory"),
-    ("paths", "philox", "storage", "entry", "pickled", "ray_executor"),
-    ("formats", "kernel_drop", "kernel_tally", "hub"),
-    ("configuration", "folder", "known_pairs", "kernel_order"),
-    ("adapter", "kernels", "torch_kernels"),
-    ("checkpoint",),
-    ("blocks", "alignment", "loading", "provenance"),
-    ("cut", "rescaling", "tally", "election"),
-    ("rows", "laws"),
-    ("pruning",),
-    ("proportional", "merge_methods"),
-    ("delta", "intervals", "scope", "patching", "cells"),
-    ("streaming", "saving", "merge_tensors", "data_methods", "widen", "mergekit_recipe", "mergeable"),
-    ("ranges", "curve", "claims"),
-    ("interference",),
-    ("evaluate.protocol", "evaluate.batching", "evaluate.beginning"),
-    ("evaluate.generation", "evaluate.prepared"),
-    ("evaluate.texts",),
-    (
-        "evaluate.classification",
-        "evaluate.drift",
-        "evaluate.exact_match",
-        "evaluate.harness",
-        "evaluate.perplexity",
-        "evaluate.similarity",
-        "evaluate.weights",
-    ),
-    ("evaluate",),
-    ("editable",),
-    ("jobs", "family", "meeting", "changes", "merge_statistics"),
-    ("pruning_error", "merging", "merge_edit", "outvoted"),
-    ("sweep", "comparison", "layer_noise", "interventions"),
-    ("tolerance", "damage", "factors", "predictors", "mending"),
-    ("recovery", "merge_ways"),
-    ("claim_measures", "foresight", "equivalence", "merge_scores"),
-    ("predictor_errors",),
-    ("claim_leads", "claim_merges"),
-    ("claim_effects",),
-    ("plots.style",),
-    ("plots.claims", "plots.curves", "plots.merging", "plots.methods", "plots.ranges"),
-    ("plots.noise",),
-    ("plots",),
-    ("parameter_checks", "notebook"),
-    ("parameters", "overview", "calibration"),
-    ("continual", "merge_parameters"),
-    ("reports.publish", "reports.refresh"),
-    ("zoo", "zoo.tokenizer", "zoo.skills"),
-    ("zoo.corpus", "zoo.recipe"),
-    ("zoo.train",),
-    ("zoo.decoder", "zoo.encoder"),
-    ("zoo.__main__",),
-)
-"""Modules by rank (a package stands for its `__init__`): each imports only from ranks listed before its own."""
 
 
 def _pins() -> dict[str, str]:
@@ -111,35 +57,77 @@ def test_ci_runs_the_test_command_of_the_readme() -> None:
     assert "\nmake test" in readme
 
 
-def _modules() -> dict[str, Path]:
-    """Name of each module within the package -> its file; a package goes by its own name."""
-    package = ROOT / "delta_analysis"
-    named = {".".join(path.relative_to(package).with_suffix("").parts): path for path in package.rglob("*.py")}
-    return {name.removesuffix(".__init__"): path for name, path in named.items() if name != "__init__"}
+def test_imports_run_down_the_rooms() -> None:
+    # The contract, with the rooms as layers, lies in pyproject.toml.
+    found = subprocess.run([Path(sys.executable).with_name("lint-imports")], cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout
 
 
-def _imported(path: Path, modules: Collection[str]) -> set[str]:
-    """The modules of the package that a file imports, wherever in the file it does."""
-    found = set()
+def _reaching_past(path: Path, package: Path) -> list[str]:
+    """The files of other rooms that a file imports from, past what their rooms offer."""
+    room = path.relative_to(package).parts[0]
+    guarded = {
+        id(node)
+        for block in ast.walk(ast.parse(path.read_text()))
+        if isinstance(block, ast.If) and "TYPE_CHECKING" in ast.dump(block.test)
+        for node in ast.walk(block)
+    }
+    found = []
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and f"{node.module}.".startswith("delta_analysis."):
-            where = (node.module or "").removeprefix("delta_analysis").removeprefix(".")
-            for alias in node.names:
-                inner = f"{where}.{alias.name}".removeprefix(".")
-                found.add(inner if inner in modules else where)
-        if isinstance(node, ast.Import):
-            assert not any(alias.name.startswith("delta_analysis") for alias in node.names), path
+        if id(node) in guarded:
+            continue
+        names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == "delta_analysis" and len(parts) > 2 and parts[1] != room:
+                found.append(f"{path.relative_to(package)} imports from {name}")
     return found
 
 
-def test_imports_go_one_way() -> None:
-    rank = {name: i for i, layer in enumerate(LAYERS) for name in layer}
-    modules = _modules()
-    assert set(modules) == set(rank)
-    assert sum(map(len, LAYERS)) == len(rank)
-    for name, path in modules.items():
-        for imported in _imported(path, modules):
-            assert rank[imported] < rank[name], f"{name} imports {imported}"
+def test_nobody_reaches_past_a_room() -> None:
+    package = ROOT / "delta_analysis"
+    files = [path for path in package.rglob("*.py") if path.parent != package]
+    assert len(files) > 50
+    assert not [each for path in files for each in _reaching_past(path, package)]
+
+
+def test_a_reach_past_a_room_is_seen(tmp_path: Path) -> None:
+    (tmp_path / "plots").mkdir()
+    path = tmp_path / "plots" / "curves.py"
+    path.write_text("def f():\n    from delta_analysis.sweeps.intervals import logit\n")
+    assert _reaching_past(path, tmp_path) == ["plots/curves.py imports from delta_analysis.sweeps.intervals"]
+    path.write_text("from delta_analysis.sweeps import logit\nfrom delta_analysis.plots.style import GREY\n")
+    assert not _reaching_past(path, tmp_path)
+
+
+def _loaded_after(code: str) -> set[str]:
+    """The modules that are loaded once a fresh interpreter has run some code."""
+    show = "import sys; print(*sorted(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", f"{code}\n{show}"], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+def test_the_face_loads_nothing_until_it_is_used() -> None:
+    assert not _loaded_after("import delta_analysis") & {"torch", "numpy", "pandas", "transformers", "numba"}
+
+
+def test_reading_and_value_ranges_load_no_models_and_no_plots() -> None:
+    code = (
+        "import delta_analysis as da\nda.value_ranges(da.load_delta(base='zoo:tiny/base', finetuned='zoo:tiny/math'))"
+    )
+    # numba looks up which scipy there is, and loads none of its parts.
+    assert not _loaded_after(code) & {"transformers", "scipy.stats", "scipy.linalg", "seaborn", "matplotlib"}
+
+
+def test_the_face_says_what_it_offers() -> None:
+    assert len(da.__all__) <= 20
+    assert set(da.__all__) <= set(dir(da))
+    for name in da.__all__:
+        offered = getattr(da, name)
+        assert offered.__name__.rsplit(".", 1)[-1] == name
+    with pytest.raises(AttributeError, match="no attribute 'Sweep'"):
+        da.Sweep  # noqa: B018
 
 
 def test_public_names_are_documented() -> None:
@@ -185,7 +173,7 @@ def test_every_notebook_is_named_in_the_readme() -> None:
 
 
 def test_help_of_the_command_lines_names_their_options() -> None:
-    options = {"zoo": "--size", "report": "--other-base", "calibration": "--out"}
+    options = {"zoo": "--size", "reports.publish": "--other-base", "reports.calibration": "--out"}
     commands = [[sys.executable, "-m", f"delta_analysis.{module}", "--help"] for module in options]
     # At the same time: most of it is the import of torch.
     running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in commands]

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
 
 from delta_analysis._errors import CheckpointError
 from delta_analysis.checkpoints.configs import text_settings
@@ -113,7 +112,7 @@ def open_checkpoint(source: Source) -> Checkpoint:
         if any(tensor.is_meta for tensor in source.parameters()):
             raise CheckpointError(f"{type(source).__name__}: has parameters without data; load its weights first")
         held: dict[str, Entry] = {name: Held(tensor.detach()) for name, tensor in source.named_parameters()}
-        settings = config.to_dict() if isinstance(config, PreTrainedConfig) else {}
+        settings = config.to_dict() if hasattr(config, "model_type") else {}
         return _checkpoint(type(source).__name__, None, held, {}, settings)
     path = find_checkpoint(source)
     if is_adapter(path):

@@ -8,7 +8,6 @@ from typing import Any
 
 import pandas as pd
 from huggingface_hub.errors import StrictDataclassError
-from transformers import CONFIG_MAPPING
 
 Config = Mapping[str, Any]
 UNSTATED = "not stated"
@@ -57,6 +56,9 @@ def text_settings(config: Config) -> dict[str, Any]:
 
 
 def _with_defaults(config: Config) -> Config:
+    # Here, since reading alone should not wait for it.
+    from transformers import CONFIG_MAPPING
+
     stated = text_settings(config)
     kind = stated.get("model_type")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:

@@ -20,7 +20,7 @@ from delta_analysis.deltas import load_delta
 from delta_analysis.prediction import calibration_file, delta_predictors
 from delta_analysis.pruning import Dare
 from delta_analysis.reports.family import BOTH, ENCODER_PAIRS, SIZES, Relation, task_pairs, trail
-from delta_analysis.reports.parameters import choose_evaluation
+from delta_analysis.reports.parameter_checks import choose_evaluation
 from delta_analysis.sweeps import Edit, Pair, measure_tolerance
 
 SEEDS = (0, 1, 2)

@@ -15,7 +15,7 @@ from delta_analysis.reports.claims.claim import CANNOT_TELL, Claim, status
 from delta_analysis.reports.claims.effects import EFFECTS
 from delta_analysis.reports.claims.measures import GIVEN, NotMeasuredError
 from delta_analysis.reports.family import ENCODER_PAIRS, TASK_PAIRS
-from delta_analysis.reports.parameters import ParameterError, check_out_dir
+from delta_analysis.reports.parameter_checks import ParameterError, check_out_dir
 from delta_analysis.reports.session import drop_rate_text, percent
 
 SHOWN: Mapping[str, Callable[[float], str]] = {

@@ -258,6 +258,7 @@ def derived_pair(pair: Pair, change: Change, out_dir: str | Path) -> Pair:
     Examples
     --------
     >>> import tempfile
+    >>> from delta_analysis.pruning.transforms import Scaled
     >>> pair = Pair("base → instruct", "zoo:tiny/base", "zoo:tiny/instruct")
     >>> derived_pair(pair, Scaled(2.0), tempfile.mkdtemp()).name
     'base → instruct, size × 2'

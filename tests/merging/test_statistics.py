@@ -292,7 +292,7 @@ def test_what_cannot_be_used_is_refused(statistic: Any, batches: Any, message: s
 
 
 def test_batches_are_looked_at_before_a_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("delta_analysis.merging.merger.statistics.finetuned_model", None)
+    monkeypatch.setattr("delta_analysis.merging.statistics.finetuned_model", None)
     with pytest.raises(ValueError, match="hold no sequence"):
         gather("fisher", tiny(), [])
 

@@ -18,15 +18,11 @@ import pytest
 
 from delta_analysis.checkpoints.paths import find_root
 from delta_analysis.deltas.delta import load_delta
+from delta_analysis.reports.continual_parameters import ContinualParameters
+from delta_analysis.reports.merge_parameters import MergeParameters
 from delta_analysis.reports.overview import OverviewParameters
-from delta_analysis.reports.parameters import (
-    AblationParameters,
-    ContinualParameters,
-    MergeParameters,
-    ModelSizeParameters,
-    ParameterError,
-    ValueRangesParameters,
-)
+from delta_analysis.reports.parameter_checks import ParameterError
+from delta_analysis.reports.parameters import AblationParameters, ModelSizeParameters, ValueRangesParameters
 from tests.notebooks.in_process import run_notebook
 
 FOLDER = find_root() / "notebooks"

@@ -32,7 +32,7 @@ from delta_analysis.prediction.predict import (
 )
 from delta_analysis.prediction.predictors import NOISE, NORMS, VALUES, delta_predictors
 from delta_analysis.reports.calibration import TEXTS
-from delta_analysis.reports.parameters import choose_evaluation
+from delta_analysis.reports.parameter_checks import choose_evaluation
 from delta_analysis.studies.foresight import _fine_tune_weights, chosen_anew, compare_predictors, error_difference
 from delta_analysis.sweeps.intervals import RESAMPLES
 from delta_analysis.sweeps.tolerance import HIGHEST, LOWEST

@@ -33,7 +33,7 @@ from delta_analysis.prediction.predictors import (
     within,
 )
 from delta_analysis.reports.calibration import QUESTIONS, TEXTS
-from delta_analysis.reports.parameters import choose_evaluation
+from delta_analysis.reports.parameter_checks import choose_evaluation
 from delta_analysis.zoo.tokenizer import character_tokenizer
 from tests.tiny_family import EMBED, NORM, QUERY, UP
 

@@ -18,7 +18,7 @@ from delta_analysis.prediction.predictors import NOISE, NORMS, VALUES, delta_pre
 from delta_analysis.reports import calibration
 from delta_analysis.reports.calibration import PARTS, groups, main, measure
 from delta_analysis.reports.family import SIZES, Relation, task_pairs, trail
-from delta_analysis.reports.parameters import choose_evaluation
+from delta_analysis.reports.parameter_checks import choose_evaluation
 from delta_analysis.sweeps import Edit
 
 ORIGIN = ["base", "finetuned", "kind", "task", "numel", "base_hash", "finetuned_hash"]

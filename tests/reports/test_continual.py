@@ -12,8 +12,9 @@ import torch
 
 from delta_analysis.checkpoints.paths import find_root
 from delta_analysis.evaluation import ExactMatch, LmEval, TextPerplexity
+from delta_analysis.reports.continual_parameters import MOST_TEXTS, ContinualParameters
 from delta_analysis.reports.family import TASK_PAIRS, questions_file, sample_text_file
-from delta_analysis.reports.parameters import MOST_TEXTS, ContinualParameters, ParameterError
+from delta_analysis.reports.parameter_checks import ParameterError
 from delta_analysis.sweeps.pairs import Pair
 from tests.conftest import SaveCheckpoint
 

@@ -31,7 +31,7 @@ from delta_analysis.reports.overview import (
     read_results,
     threshold_text,
 )
-from delta_analysis.reports.parameters import ParameterError
+from delta_analysis.reports.parameter_checks import ParameterError
 from delta_analysis.sweeps.intervals import Interval, logit
 
 ITEMS, SEEDS = 100, 3

@@ -18,7 +18,8 @@ from delta_analysis.checkpoints.checkpoint import open_checkpoint
 from delta_analysis.checkpoints.paths import find_root
 from delta_analysis.evaluation.models import load_model
 from delta_analysis.reports.family import questions_file, trail, tuned_on_trail
-from delta_analysis.reports.parameters import MergeParameters, ParameterError, Stop, parse_scalings
+from delta_analysis.reports.merge_parameters import MergeParameters, Stop, parse_scalings
+from delta_analysis.reports.parameter_checks import ParameterError
 from delta_analysis.sweeps.pairs import Pair
 
 EMBEDDED = MergeParameters(

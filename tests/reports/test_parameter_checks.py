@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from delta_analysis.evaluation import Classification, ExactMatch, LmEval, TextPerplexity, load_labelled
 from delta_analysis.reports.family import TASK_PAIRS, TASKS, Relation, questions_file, sample_text_file
-from delta_analysis.reports.parameters import (
+from delta_analysis.reports.parameter_checks import (
     ParameterError,
     check_device_parameter,
     check_integer,

@@ -15,7 +15,7 @@ from scipy.stats import kstest, norm
 import delta_analysis as da
 from delta_analysis.pruning.pruners import Dare, Pruner
 from delta_analysis.pruning.transforms import Change, Clipped, Permuted, Scaled, SignsRedrawn, Topless
-from delta_analysis.reports.parameters import choose_evaluation
+from delta_analysis.reports.parameter_checks import choose_evaluation
 from delta_analysis.studies.causes import Noise
 from delta_analysis.sweeps.engine import useful_seeds
 from delta_analysis.sweeps.pairs import Edit, Pair

@@ -42,7 +42,7 @@ class Gives(Judge):
 class CannotBePrepared(Judge):
     name: str = "cannot"
 
-    def bind(self, untouched: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> CannotBePrepared:
+    def prepared(self, untouched: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> CannotBePrepared:
         raise ValueError("cannot be prepared")
 
 

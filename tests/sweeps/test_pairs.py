@@ -190,7 +190,7 @@ class CountsPreparations(Judge):
     def __init__(self) -> None:
         self.models: list[PreTrainedModel] = []
 
-    def bind(self, untouched: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> CountsPreparations:
+    def prepared(self, untouched: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> CountsPreparations:
         self.models.append(untouched)
         return self
 

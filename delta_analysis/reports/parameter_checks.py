@@ -1,0 +1,163 @@
+"""Checks of the notebooks' parameters, before any work begins.
+
+Each error names the parameter, the value given and what is allowed, because papermill passes
+whatever it is handed: numbers as text, a single number for a list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from delta_analysis.checkpoints import find_input, open_checkpoint, resolve, tokenizer_folder
+from delta_analysis.deltas import editable_shapes, in_scope, load_delta
+from delta_analysis.evaluation import (
+    Classification,
+    Evaluation,
+    ExactMatch,
+    LmEval,
+    TextPerplexity,
+    check_device,
+    load_labelled,
+    load_questions,
+)
+from delta_analysis.reports.family import TASKS, Relation, questions_file, sample_text_file
+
+Rates = str | float | Sequence[float]
+
+
+class ParameterError(ValueError):
+    """A notebook parameter with a value that is not allowed."""
+
+    def __init__(self, parameter: str, problem: object) -> None:
+        super().__init__(f"parameter {parameter}: {problem}")
+
+
+def check_pair(base: str, finetuned: str, **how: Any) -> None:
+    """Both empty, or two checkpoints that can be opened and compared; an adapter may stand without its base."""
+    if not finetuned and not base:
+        return
+    if not finetuned:
+        raise ParameterError("finetuned", "is empty while base is not; give both, or neither (embedded family)")
+    for parameter, value in (("base", base), ("finetuned", finetuned)):
+        try:
+            checkpoint = open_checkpoint(value) if value else None
+        except ValueError as error:
+            raise ParameterError(parameter, error) from error
+    if not base and not (checkpoint and checkpoint.is_delta):
+        raise ParameterError("base", "is empty while finetuned is not; give both, or neither (embedded family)")
+    try:
+        load_delta(base=base or None, finetuned=finetuned, **how)
+    except ValueError as error:
+        raise ParameterError("base", error) from error
+
+
+def check_model(base: str, finetuned: str) -> None:
+    """A model to evaluate, the fine-tuned one or an adapter's base: a directory with configuration and tokenizer."""
+    if not finetuned:
+        return
+    tuned = open_checkpoint(finetuned)
+    parameter, whole = ("base", base) if tuned.is_delta else ("finetuned", finetuned)
+    folder = tokenizer_folder(open_checkpoint(whole)) if whole else None
+    if not folder or not ((folder / "config.json").is_file() and list(folder.glob("tokenizer*"))):
+        raise ParameterError(
+            parameter,
+            f"{whole or 'is empty'}: evaluation needs a directory with config.json and tokenizer files beside weights",
+        )
+
+
+def parse_drop_rates(given: Rates) -> tuple[float, ...]:
+    """Sorted drop rates in [0, 1] from a list, a number or text such as `0.1,0.5`; 0 and 1 are added.
+
+    Examples
+    --------
+    >>> parse_drop_rates("0.5, 0.1")
+    (0.0, 0.1, 0.5, 1.0)
+    """
+    parts = given.split(",") if isinstance(given, str) else [given] if isinstance(given, int | float) else given
+    try:
+        rates = {float(part) for part in parts}
+    except (TypeError, ValueError):
+        rates = set()
+    inner = sorted(rates - {0.0, 1.0})
+    if not inner or not all(0 < rate < 1 for rate in inner):
+        raise ParameterError(
+            "drop_rates", f"must be numbers in [0, 1], at least one strictly between, as [0.1, 0.5]; not {given!r}"
+        )
+    return (0.0, *inner, 1.0)
+
+
+def check_integer(parameter: str, value: object, *, low: int) -> None:
+    """An integer of at least `low`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ParameterError(parameter, f"must be an integer of at least {low}; not {value!r}")
+
+
+def check_device_parameter(device: str) -> None:
+    """`cpu`, or a CUDA device that is there."""
+    try:
+        check_device(device)
+    except ValueError as error:
+        raise ParameterError("device", str(error).removeprefix("device ")) from error
+
+
+def check_out_dir(out_dir: str) -> None:
+    """A folder; it is made here, so that no work is done that could not be written."""
+    try:
+        if not isinstance(out_dir, str) or not out_dir:
+            raise NotADirectoryError("no folder is named")
+        resolve(out_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ParameterError("out_dir", f"must name a folder that can be made; not {out_dir!r} ({error})") from error
+
+
+def check_scope(scope: str, relations: Sequence[Relation]) -> None:
+    """A scope that selects something of every pair's delta."""
+    if not isinstance(scope, str):
+        raise ParameterError("scope", f"must be text such as all or attention; not {scope!r}")
+    for relation in relations:
+        delta = load_delta(base=relation.base or None, finetuned=relation.finetuned)
+        try:
+            in_scope(scope, {name: len(shape) for name, shape in editable_shapes(delta).items()})
+        except ValueError as error:
+            raise ParameterError("scope", f"{relation.name}: {error}") from error
+
+
+HARNESS = "lm-eval:"
+
+
+def evaluation_file(evaluation: str) -> Path | None:
+    """The file behind a task name or a path, the sample text if it is empty; None for tasks of the harness."""
+    if evaluation in TASKS:
+        return questions_file(evaluation)
+    if isinstance(evaluation, str) and evaluation.startswith(HARNESS):
+        return None
+    path = find_input(evaluation) if isinstance(evaluation, str) and evaluation else sample_text_file()
+    if not isinstance(evaluation, str) or not path.is_file():
+        raise ParameterError(
+            "evaluation",
+            f"must be one of {', '.join(TASKS)}, a .jsonl file of questions or of texts with labels, {HARNESS}TASK, "
+            f"a text file for perplexity, or empty; not {evaluation!r}",
+        )
+    return path
+
+
+def choose_evaluation(evaluation: str, n_questions: int, *, chat_template: bool = False) -> Evaluation:
+    """What a file is for: questions, texts with labels, or a text; on at most `n_questions` items."""
+    path = evaluation_file(evaluation)
+    if path is None:
+        tasks = tuple(task.strip() for task in evaluation.removeprefix(HARNESS).split(","))
+        return LmEval(tasks, limit=n_questions, chat_template=chat_template)
+    name = evaluation if evaluation in TASKS else path.name
+    try:
+        text = path.read_text(encoding="utf-8")
+        if not text:
+            raise ValueError("is empty; expected questions, texts with labels, or a text")
+        if path.suffix != ".jsonl":
+            return TextPerplexity(text, name=name)
+        if '"label"' in text.split("\n", 1)[0]:
+            return Classification(tuple(load_labelled(path, n_questions)), name=name)
+        return ExactMatch(tuple(load_questions(path, n_questions)), name=name, chat_template=chat_template)
+    except ValueError as error:
+        raise ParameterError("evaluation", f"{path}: {error}") from error
