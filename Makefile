@@ -35,9 +35,10 @@ test: install
 	@echo "== test 2/4: types"
 	@$(BIN)/mypy
 	@echo "== test 3/4: pytest"
-	@$(BIN)/pytest
+	@OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile
 	@echo "== test 4/4: the committed notebooks, cell by cell"
-	@$(BIN)/pytest --nbval --nbval-current-env --nbval-sanitize-with tests/nbval.cfg notebooks
+	@OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile \
+		--nbval --nbval-current-env --nbval-sanitize-with tests/nbval.cfg notebooks
 
 mutants: install
 	@$(BIN)/python tests/mutants.py

@@ -112,7 +112,7 @@ def open_checkpoint(source: Source) -> Checkpoint:
         if any(tensor.is_meta for tensor in source.parameters()):
             raise CheckpointError(f"{type(source).__name__}: has parameters without data; load its weights first")
         held: dict[str, Entry] = {name: Held(tensor.detach()) for name, tensor in source.named_parameters()}
-        settings = config.to_dict() if hasattr(config, "model_type") else {}
+        settings = config.to_dict() if config is not None and hasattr(config, "model_type") else {}
         return _checkpoint(type(source).__name__, None, held, {}, settings)
     path = find_checkpoint(source)
     if is_adapter(path):
