@@ -76,8 +76,7 @@ def measure_tolerance(
     tolerances : one row a pair; `pair, method, scope`; `tolerated, low, high`, drop rates with a 95%
         interval over seeds and items, where the mean over seeds first falls below 95%, or the end of
         the searched range [0.001, 0.999] if that lies beyond; `untouched`, the metric at drop rate 0;
-        `kept_at_1`, the share of it that is kept with the whole delta dropped (NaN if 1 is not among
-        `drop_rates`).
+        `kept_at_1`, its share kept with the whole delta dropped (NaN if 1 is not in `drop_rates`).
     cells : all that was judged, in the columns of `sweep`.
 
     Raises
