@@ -30,7 +30,7 @@ from delta_analysis.checkpoints.paths import zoo_model
 from delta_analysis.deltas import Delta
 from delta_analysis.merging.mergekit import mergekit_recipe
 from delta_analysis.merging.merger import merge
-from delta_analysis.merging.methods import Ties
+from delta_analysis.merging.ties import Ties
 
 FINETUNED, DROP_RATE, ROUNDS = 3, 0.9, 2
 BUFFER = 2**24

@@ -17,10 +17,14 @@ from safetensors.torch import save_file
 
 import delta_analysis as da
 from delta_analysis.checkpoints.paths import find_root, zoo_model
+from delta_analysis.merging.average import Average
+from delta_analysis.merging.della import Della
 from delta_analysis.merging.election import elected
 from delta_analysis.merging.mergekit import FILE
 from delta_analysis.merging.merger import merge
-from delta_analysis.merging.methods import Average, Della, MergeMethod, TaskArithmetic, Ties
+from delta_analysis.merging.methods import MergeMethod
+from delta_analysis.merging.task_arithmetic import TaskArithmetic
+from delta_analysis.merging.ties import Ties
 from delta_analysis.pruning.pruners import Dare, Magnitude, MagPrune, Pruner
 
 NAMES = ("base", "instruct", "math", "code")

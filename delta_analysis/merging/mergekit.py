@@ -9,7 +9,11 @@ from typing import NamedTuple
 import numpy as np
 
 from delta_analysis.deltas import Delta
-from delta_analysis.merging.methods import Average, Della, MergeMethod, TaskArithmetic, Ties
+from delta_analysis.merging.average import Average
+from delta_analysis.merging.della import Della
+from delta_analysis.merging.methods import MergeMethod
+from delta_analysis.merging.task_arithmetic import TaskArithmetic
+from delta_analysis.merging.ties import Ties
 from delta_analysis.pruning import Dare, Magnitude, MagPrune, Pruner
 
 FILE = "mergekit.yaml"

@@ -14,8 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from delta_analysis.deltas.delta import load_delta
-from delta_analysis.merging.data_methods import Fisher, RegMean
-from delta_analysis.merging.methods import Average, MergeMethod, Parts
+from delta_analysis.merging.average import Average
+from delta_analysis.merging.fisher import Fisher
+from delta_analysis.merging.methods import MergeMethod, Parts
+from delta_analysis.merging.regmean import RegMean
 from delta_analysis.merging.statistics import gather
 
 INPUTS, OUTPUTS = 5, 3

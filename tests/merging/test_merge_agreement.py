@@ -12,7 +12,9 @@ from peft.utils import merge_utils as peft
 
 from delta_analysis.merging.election import elected
 from delta_analysis.merging.merger import Merger
-from delta_analysis.merging.methods import MergeMethod, TaskArithmetic, Ties
+from delta_analysis.merging.methods import MergeMethod
+from delta_analysis.merging.task_arithmetic import TaskArithmetic
+from delta_analysis.merging.ties import Ties
 from delta_analysis.pruning.pruners import Magnitude, Pruner
 
 SHAPES = [(1,), (7,), (40, 50), (3, 4, 5), (300, 301)]

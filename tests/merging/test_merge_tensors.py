@@ -10,8 +10,12 @@ from typing import Any, Literal
 import pytest
 import torch
 
+from delta_analysis.merging.average import Average
+from delta_analysis.merging.della import Della
 from delta_analysis.merging.merger import TRIMMING, Merger, Pruned, Tensors, merge_label, source_seed
-from delta_analysis.merging.methods import Average, Della, MergeMethod, Parts, Statistic, TaskArithmetic, Ties
+from delta_analysis.merging.methods import MergeMethod, Parts, Statistic
+from delta_analysis.merging.task_arithmetic import TaskArithmetic
+from delta_analysis.merging.ties import Ties
 from delta_analysis.pruning.pruners import Dare, Magnitude, MagPrune, Pruner, bind
 
 SHAPES = {"v": (7,), "w": (6, 5), "x": (4, 3, 2)}

@@ -14,11 +14,16 @@ from delta_analysis.checkpoints.checkpoint import open_checkpoint
 from delta_analysis.checkpoints.paths import zoo_model
 from delta_analysis.deltas.delta import Delta, load_delta
 from delta_analysis.deltas.saving import save_checkpoint
-from delta_analysis.merging.data_methods import Fisher, RegMean
+from delta_analysis.merging.average import Average
+from delta_analysis.merging.della import Della
 from delta_analysis.merging.election import Slack
+from delta_analysis.merging.fisher import Fisher
 from delta_analysis.merging.mergekit import FILE, mergekit_recipe
 from delta_analysis.merging.merger import merge
-from delta_analysis.merging.methods import Average, Della, MergeMethod, TaskArithmetic, Ties
+from delta_analysis.merging.methods import MergeMethod
+from delta_analysis.merging.regmean import RegMean
+from delta_analysis.merging.task_arithmetic import TaskArithmetic
+from delta_analysis.merging.ties import Ties
 from delta_analysis.merging.widen import Widen
 from delta_analysis.pruning.proportional import Proportional
 from delta_analysis.pruning.pruners import Dare, Magnitude, MagPrune, Pruner

@@ -14,9 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from delta_analysis.merging.data_methods import Fisher, RegMean
+from delta_analysis.merging.average import Average
+from delta_analysis.merging.della import Della
 from delta_analysis.merging.election import Slack
-from delta_analysis.merging.methods import Average, Della, MergeMethod, Parts, TaskArithmetic, Ties, weighted_sum
+from delta_analysis.merging.fisher import Fisher
+from delta_analysis.merging.methods import MergeMethod, Parts, weighted_sum
+from delta_analysis.merging.regmean import RegMean
+from delta_analysis.merging.task_arithmetic import TaskArithmetic
+from delta_analysis.merging.ties import Ties
 from delta_analysis.merging.widen import Widen
 from delta_analysis.pruning.pruners import Magnitude, MagPrune, Pruner
 

@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from delta_analysis.merging.methods import MergeMethod, Parts, TaskArithmetic
+from delta_analysis.merging.methods import MergeMethod, Parts
+from delta_analysis.merging.task_arithmetic import TaskArithmetic
 from delta_analysis.merging.widen import Widen
 
 Matrix = list[list[float]]

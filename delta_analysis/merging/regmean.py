@@ -1,77 +1,12 @@
-"""Merge methods that need data: each model counts for most where its own data says most."""
+"""The regression mean of the deltas."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
-from numbers import Real
 
 import torch
 
-from delta_analysis._kernels import new_tensor
-from delta_analysis.merging.methods import Parts, Statistic, check_scaling, weighted_mean
-
-
-@dataclass(frozen=True)
-class Fisher:
-    """The mean of the deltas, each entry weighted by its Fisher information: `scaling · Σ w_k F_k δ_k / Σ w_k F_k`.
-
-    It is the Fisher-weighted mean of the models less their base. Where the data says nothing of a tensor
-    it is the weighted mean, and so it is in entries of which no model has information.
-
-    Parameters
-    ----------
-    scaling : a finite number.
-    floor : what is added to each `F_k`, in units of the mean of all of them over the tensor; above 0.
-
-    Raises
-    ------
-    ValueError
-        A parameter out of its range. When called: weights below 0, or that sum to 0.
-
-    Source: Matena and Raffel, "Merging models with Fisher-weighted averaging", arXiv 2111.09832.
-
-    Examples
-    --------
-    >>> one, two, sure, unsure = torch.tensor([1.0]), torch.tensor([3.0]), torch.tensor([3.0]), torch.tensor([1.0])
-    >>> Fisher()(Parts("w", (one, two), (1.0, 1.0), torch.zeros(1), (sure, unsure)))
-    tensor([1.5000])
-    """
-
-    scaling: float = 1.0
-    floor: float = 1e-6
-    label: str = field(default="Fisher", init=False)
-    trim: None = field(default=None, init=False)
-    statistic: Statistic = field(default="fisher", init=False)
-
-    def __post_init__(self) -> None:
-        check_scaling(self)
-        if not _is_number(self.floor) or self.floor <= 0:
-            raise ValueError(f"floor must be a finite number above 0, in units of the mean; not {self.floor!r}")
-
-    def check(self, weights: tuple[float, ...]) -> None:
-        """Raise if the weights are not those of a mean."""
-        _check_weights(weights)
-
-    def __call__(self, parts: Parts) -> torch.Tensor:
-        _check_weights(parts.weights)
-        statistics = parts.statistics or ()
-        mean = sum(float(each.mean(dtype=torch.float64)) for each in statistics) / max(len(statistics), 1)
-        if not mean:
-            return weighted_mean(parts).mul_(self.scaling)
-        deltas = [each.detach().reshape(-1) for each in parts.deltas]
-        informations = [each.reshape(-1) for each in statistics]
-
-        def work(values: torch.Tensor, start: int, out: torch.Tensor) -> None:
-            part = slice(start, start + values.numel())
-            whole, total = torch.zeros(2, values.numel(), dtype=torch.float64)
-            for delta, information, weight in zip(deltas, informations, parts.weights, strict=True):
-                share = information[part].double().div_(mean).add_(self.floor).mul_(weight)
-                whole += share
-                total.addcmul_(share, delta[part].double())
-            out.copy_(total.div_(whole).mul_(self.scaling))
-
-        return new_tensor(parts.deltas[0], work)
+from delta_analysis.merging.methods import Parts, Statistic, check_scaling, check_weights, is_number, weighted_mean
 
 
 @dataclass(frozen=True)
@@ -116,17 +51,17 @@ class RegMean:
 
     def __post_init__(self) -> None:
         check_scaling(self)
-        if not _is_number(self.shrink) or not 0 <= self.shrink <= 1:
+        if not is_number(self.shrink) or not 0 <= self.shrink <= 1:
             raise ValueError(f"shrink must be in [0, 1], where 1 leaves the moments as they are; not {self.shrink!r}")
-        if not _is_number(self.ridge) or self.ridge < 0:
+        if not is_number(self.ridge) or self.ridge < 0:
             raise ValueError(f"ridge must be a finite number of at least 0; not {self.ridge!r}")
 
     def check(self, weights: tuple[float, ...]) -> None:
         """Raise if the weights are not those of a mean."""
-        _check_weights(weights)
+        check_weights(weights)
 
     def __call__(self, parts: Parts) -> torch.Tensor:
-        _check_weights(parts.weights)
+        check_weights(parts.weights)
         statistics = parts.statistics or ()
         matrices = [each.double().view(each.shape[-1], each.shape[-1]) for each in statistics]
         level = sum(float(each.diagonal().mean()) for each in matrices) / max(len(matrices), 1)
@@ -156,12 +91,3 @@ def _solve(left: torch.Tensor, right: torch.Tensor, name: str) -> torch.Tensor:
             "its weights; raise ridge, lower shrink, or give more data"
         )
     return torch.cholesky_solve(right, factor)
-
-
-def _check_weights(weights: tuple[float, ...]) -> None:
-    if min(weights) < 0 or not sum(weights):
-        raise ValueError(f"weights {weights}: a mean weighted by data needs weights of at least 0, not all of them 0")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,72 @@
+"""DELLA: drop by MAGPRUNE, elect signs, and fuse the entries that agree."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from delta_analysis.merging.election import elected
+from delta_analysis.merging.methods import Parts, Statistic, check_scaling
+from delta_analysis.pruning import MagPrune, Pruner
+
+
+@dataclass(frozen=True)
+class Della:
+    """Drop by MAGPRUNE, elect signs, and fuse the entries that agree into their mean.
+
+    Parameters
+    ----------
+    drop_rate : p of `MagPrune`, in [0, 1].
+    window, rank : as in `MagPrune`; `rank="value"` is the ablation without ranks, `"tensor"` the variant
+        that ranks a whole layer.
+    elect : False is the ablation without the election: the mean is over all entries that are not
+        zero, whatever their sign.
+    scaling : λ, a finite number.
+
+    Raises
+    ------
+    ValueError
+        A parameter out of its range.
+
+    Source: Deep et al., DELLA, arXiv 2406.11617, and its released code, in which the ablation without
+    the election is the method itself; here it is what its name says.
+
+    Examples
+    --------
+    >>> one, two = torch.tensor([1.0, -2.0]), torch.tensor([3.0, 4.0])
+    >>> Della(0.0, elect=False)(Parts("w", (one, two), (1.0, 1.0), torch.zeros(2)))
+    tensor([2., 1.])
+    """
+
+    drop_rate: float = 0.5
+    window: Literal["widest"] | float = "widest"
+    rank: Literal["row", "tensor", "value"] = "row"
+    elect: bool = True
+    scaling: float = 1.0
+    statistic: Statistic = field(default="", init=False)
+
+    def __post_init__(self) -> None:
+        MagPrune(self.drop_rate, self.window, self.rank)
+        if not isinstance(self.elect, bool):
+            raise ValueError(f"elect must be True or False; not {self.elect!r}")
+        check_scaling(self)
+
+    @property
+    def label(self) -> str:
+        """What tables and figures call it."""
+        rank = {"row": "", "tensor": ", ranked by tensor", "value": ", no rank"}[self.rank]
+        window = "" if self.window == "widest" else f", window {self.window:g}"
+        return f"DELLA{rank}{'' if self.elect else ', no election'}{window}"
+
+    @property
+    def trim(self) -> Pruner | None:
+        """What drops entries before the election."""
+        return MagPrune(self.drop_rate, self.window, self.rank) if self.drop_rate else None
+
+    def check(self, weights: tuple[float, ...]) -> None:
+        """Any weights will do."""
+
+    def __call__(self, parts: Parts) -> torch.Tensor:
+        return elected(parts.deltas, parts.weights, scaling=self.scaling, elect=self.elect)
