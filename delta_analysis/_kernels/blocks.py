@@ -64,9 +64,13 @@ def map_blocks(
     step = max((min(block, BLOCK) if convert else block) if on_cpu else DEVICE_BLOCK, multiple, 1)
     step -= step % max(multiple, 1)
 
+    # Inference mode is a thread's own, and its tensors cannot be written to outside of it.
+    inference = torch.is_inference_mode_enabled()
+
     def run(starts: Sequence[int]) -> list[Result]:
-        blocks = ((flat[start : start + step], start) for start in starts)
-        return [work(values.to(torch.float32) if convert else values, start) for values, start in blocks]
+        with torch.inference_mode(inference):
+            blocks = ((flat[start : start + step], start) for start in starts)
+            return [work(values.to(torch.float32) if convert else values, start) for values, start in blocks]
 
     starts = range(0, flat.numel(), step)
     threads = min(torch.get_num_threads(), len(starts)) if on_cpu else 1

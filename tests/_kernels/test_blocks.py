@@ -191,3 +191,14 @@ def test_threads_of_ours_leave_the_default_of_others_alone() -> None:
         pool.shutdown()
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_blocks_are_worked_on_in_the_callers_mode(threads: Threads, *, inference: bool) -> None:
+    threads(2)
+    with torch.inference_mode(inference):
+        pruned = Dare(0.5)(normal(2 * BLOCK + 7), name="w", seed=0)
+        # Written in place by the pool's threads, as a chain of prunings is.
+        modes = map_blocks(pruned, lambda values, _: (values.mul_(1.0), torch.is_inference_mode_enabled())[1])
+    assert modes == [inference] * len(modes)
+    assert len(modes) > 1

@@ -288,6 +288,24 @@ def test_every_row_is_what_its_module_makes(pair: tuple[str | None, str]) -> Non
     agree(layer_noise(*pair, TEXTS, pruners=EXACT), patched_energies(*pair))
 
 
+def test_matrices_of_several_blocks_on_two_threads(tmp_path: Path) -> None:
+    wide = QWEN | {"hidden_size": 544, "intermediate_size": 544}
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(Qwen2Config(num_key_value_heads=2, tie_word_embeddings=False, **wide))
+    tuned = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            parameter += 0.01 * torch.randn_like(parameter)
+    pair = save(model, tmp_path / "base"), save(tuned, tmp_path / "tuned")
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        table = layer_noise(*pair, TEXTS, pruners=EXACT)
+    finally:
+        torch.set_num_threads(before)
+    agree(table, patched_energies(*pair), rtol=2e-3)
+
+
 @pytest.mark.parametrize("make", [gpt2, bert, opt, qwen2, qwen3])
 def test_every_row_is_what_its_module_makes_in_any_architecture(
     make: Callable[[], PreTrainedModel], tmp_path: Path
