@@ -1,4 +1,4 @@
-"""TODO."""
+"""Other deltas made of a delta: scaled, clipped, without its largest entries, permuted, with signs drawn anew."""
 
 from __future__ import annotations
 
