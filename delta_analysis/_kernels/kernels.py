@@ -1,6 +1,6 @@
 """The inner loops of pruning on the CPU, compiled, each over one block of entries.
 
-`torch_kernels` has the same in plain torch for every other device; both give the same bits. It lacks
+`torch_loops` has the same in plain torch for every other device; both give the same bits. It lacks
 `drop_at` and `positions_between`, which spare memory in rows of millions of entries on the CPU alone.
 """
 
