@@ -54,7 +54,7 @@ class ContinualParameters:
                 if getattr(self, parameter):
                     raise ParameterError(parameter, "needs base and finetuned; the embedded family brings its own")
         checked = self._ablation(self.evaluation)
-        for field in ("base", "finetuned", "drop_rates"):
+        for field in ("base", "finetuned", "drop_rates", "out_dir"):
             object.__setattr__(self, field, getattr(checked, field))
         if self.other_base:
             self._check_other_base()

@@ -18,10 +18,10 @@ from delta_analysis.reports.parameter_checks import (
     check_device_parameter,
     check_integer,
     check_model,
-    check_out_dir,
     check_pair,
     choose_evaluation,
     evaluation_file,
+    made_folder,
     parse_drop_rates,
 )
 from delta_analysis.sweeps import Pair
@@ -82,7 +82,7 @@ class MergeParameters:
         else:
             self._check_sources()
         self.evaluations()
-        check_out_dir(self.out_dir)
+        object.__setattr__(self, "out_dir", made_folder(self.out_dir))
 
     def _check_sources(self) -> None:
         sources = [part.strip() for part in self.finetuned.split(",")]

@@ -15,7 +15,7 @@ from delta_analysis.reports.claims.claim import CANNOT_TELL, Claim, status
 from delta_analysis.reports.claims.effects import EFFECTS
 from delta_analysis.reports.claims.measures import GIVEN, NotMeasuredError
 from delta_analysis.reports.family import ENCODER_PAIRS, TASK_PAIRS
-from delta_analysis.reports.parameter_checks import ParameterError, check_out_dir
+from delta_analysis.reports.parameter_checks import ParameterError, made_folder
 from delta_analysis.reports.session import drop_rate_text, percent
 
 SHOWN: Mapping[str, Callable[[float], str]] = {
@@ -44,7 +44,7 @@ class OverviewParameters:
             raise ParameterError(
                 "results", f"{self.results}: holds no <report>/results.parquet; run the other notebooks first"
             )
-        check_out_dir(self.out_dir)
+        object.__setattr__(self, "out_dir", made_folder(self.out_dir))
 
     @property
     def folder(self) -> Path:

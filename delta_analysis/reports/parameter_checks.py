@@ -102,14 +102,16 @@ def check_device_parameter(device: str) -> None:
         raise ParameterError("device", str(error).removeprefix("device ")) from error
 
 
-def check_out_dir(out_dir: str) -> None:
-    """A folder; it is made here, so that no work is done that could not be written."""
+def made_folder(out_dir: str) -> str:
+    """The folder's full path, a relative one in the repository; made here, so that no work is done in vain."""
     try:
         if not isinstance(out_dir, str) or not out_dir:
             raise NotADirectoryError("no folder is named")
-        resolve(out_dir).mkdir(parents=True, exist_ok=True)
+        folder = resolve(out_dir)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ParameterError("out_dir", f"must name a folder that can be made; not {out_dir!r} ({error})") from error
+    return str(folder)
 
 
 def check_scope(scope: str, relations: Sequence[Relation]) -> None:

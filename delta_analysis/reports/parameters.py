@@ -18,11 +18,11 @@ from delta_analysis.reports.parameter_checks import (
     check_device_parameter,
     check_integer,
     check_model,
-    check_out_dir,
     check_pair,
     check_scope,
     choose_evaluation,
     evaluation_file,
+    made_folder,
     parse_drop_rates,
 )
 from delta_analysis.sweeps import Edit, Pair
@@ -47,7 +47,7 @@ class ValueRangesParameters:
         if not isinstance(self.finetuned_is_delta, bool):
             raise ParameterError("finetuned_is_delta", f"must be True or False; not {self.finetuned_is_delta!r}")
         _resolve_pair(self, vocab=self.vocab, finetuned_is_delta=self.finetuned_is_delta)
-        check_out_dir(self.out_dir)
+        object.__setattr__(self, "out_dir", made_folder(self.out_dir))
 
     @property
     def embedded(self) -> bool:
@@ -98,7 +98,7 @@ class AblationParameters:
         self.evaluations()
         check_scope(self.scope, self.relations())
         check_model(self.base, self.finetuned)
-        check_out_dir(self.out_dir)
+        object.__setattr__(self, "out_dir", made_folder(self.out_dir))
 
     @property
     def embedded(self) -> bool:
@@ -166,7 +166,7 @@ class ModelSizeParameters:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "drop_rates", parse_drop_rates(self.drop_rates))
-        self.each()
+        object.__setattr__(self, "out_dir", self.each()[0].out_dir)
         names = [self.pair(relation).name for relation in self.relations()]
         if twice := next((name for name in names if names.count(name) > 1), ""):
             raise ParameterError("finetuned", f"two pairs would both be called {twice!r}; name the folders differently")

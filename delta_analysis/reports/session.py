@@ -21,7 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from delta_analysis.checkpoints import file_hashes, resolve, sha256, versions
+from delta_analysis.checkpoints import file_hashes, sha256, versions
 from delta_analysis.deltas import editable_shapes, in_scope, load_delta
 from delta_analysis.evaluation import Evaluation
 from delta_analysis.sweeps import END, HIGHEST, LOWEST, Interval, Pair
@@ -202,11 +202,13 @@ def write_results(
     headline : the report's main finding, one computed sentence.
     figure : the figure that shows it.
     """
-    folder = resolve(parameters.out_dir)
+    folder = Path(parameters.out_dir)
     folder.mkdir(parents=True, exist_ok=True)
+    given = dataclasses.asdict(parameters)
     run = {
         "headline": headline,
-        "parameters": dataclasses.asdict(parameters),
+        # Where a run was written says nothing of it.
+        "parameters": {name: value for name, value in given.items() if name != "out_dir"},
         "versions": versions(),
         "checkpoints": {source: file_hashes(source) for source in sorted(set(sources))},
         "files": {path.name: sha256(path) for path in sorted(set(files))},

@@ -9,11 +9,20 @@ import os
 import uuid
 from collections.abc import Hashable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+STORE = "DELTA_ANALYSIS_CELLS"
+"""The environment variable that names a folder for the cells of all sweeps, wherever else they write."""
+
+
+ROOMS = ("_kernels", "checkpoints", "deltas", "evaluation", "merging", "pruning", "sweeps")
+"""The rooms whose code what a cell holds is computed by."""
+
 
 Row = dict[str, Any]
 """One metric of a cell, in the columns of `SCHEMA`."""
@@ -73,11 +82,29 @@ def digest(description: object) -> str:
     return hashlib.blake2b(json.dumps(description, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
+@cache
+def code_digest() -> str:
+    """A hash of the sources that compute cells: code that was changed returns no number of before."""
+    package = Path(__file__).parents[1]
+    hashed = hashlib.blake2b(digest_size=16)
+    for file in sorted(file for room in ROOMS for file in (package / room).rglob("*.py")):
+        source = file.read_bytes()
+        hashed.update(f"{file.relative_to(package).as_posix()} {len(source)}\n".encode() + source)
+    return hashed.hexdigest()
+
+
 @dataclass(frozen=True)
 class CellStore:
     """A folder of cells. Any number of sweeps may read and write it at the same time."""
 
     folder: Path
+
+    @classmethod
+    def of(cls, out_dir: str | Path) -> CellStore:
+        """The folder that `DELTA_ANALYSIS_CELLS` names, or else `cells` in `out_dir`."""
+        # Absolute, since a worker may have another working directory.
+        named = os.environ.get(STORE)
+        return cls(Path(named or Path(out_dir) / "cells").expanduser().absolute())
 
     def path(self, key: str) -> Path:
         return self.folder / f"{key}.parquet"

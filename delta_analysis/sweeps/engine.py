@@ -18,10 +18,10 @@ import torch
 from tqdm import tqdm
 
 from delta_analysis._kernels import single_threaded_pool
-from delta_analysis.checkpoints import content_hash, open_checkpoint, resolve, versions
+from delta_analysis.checkpoints import content_hash, open_checkpoint, versions
 from delta_analysis.evaluation import Evaluation, check_device
 from delta_analysis.pruning import Dare, Pruner
-from delta_analysis.sweeps.cells import SCHEMA, CellStore, Row, content, digest
+from delta_analysis.sweeps.cells import SCHEMA, CellStore, Row, code_digest, content, digest
 from delta_analysis.sweeps.intervals import metric_interval, metric_named
 from delta_analysis.sweeps.pairs import Edit, EditablePair, Edited, Pair, edited_source, held_pair, release_pairs
 
@@ -71,8 +71,8 @@ def sweep(
 ) -> pd.DataFrame:
     """Judge every pair under every edit and seed by every evaluation.
 
-    Each cell is written to `out_dir` when it is done, under a name made of what it consists of: the
-    hashes of the checkpoints' files, the edit, the seed, the evaluation and this package's version.
+    Each cell is written to disk when it is done, under a name made of what it consists of: hashes of the
+    checkpoints' files, the edit, the seed, the evaluation and a hash of the code that computes it.
     A sweep that was killed goes on where it was; one that asks for more runs only what is new.
     At drop rates 0 (the untouched model) and 1 (the base in the edit's scope) no random number and
     no method matters, and magnitude pruning is random only where magnitudes tie: such cells run once,
@@ -86,7 +86,8 @@ def sweep(
         for language models; of a classifier all but its head, as in those for GLUE.
     evaluations : such as `[ExactMatch(questions)]`, for all pairs; or for each pair its own.
     seeds : one mask for each; masks are nested across drop rates and shared by rescale variants.
-    out_dir : folder of the cells; sweeps may share it, also at the same time. Workers write into it what
+    out_dir : the cells lie in its folder `cells`, or in the one that the environment variable
+        `DELTA_ANALYSIS_CELLS` names; sweeps may share it, also at the same time. Workers write into it what
         they finish, if they see it, else what comes back is written here.
     executor : where cells run: any `concurrent.futures.Executor`, such as `RayExecutor()` or processes
         that are not forked. By default
@@ -163,7 +164,7 @@ def judge(
     check_device(device)
     _refuse_fork(executor)
     hashes = {pair: (content_hash(pair.base) if pair.base else "", content_hash(pair.finetuned)) for pair in pairs}
-    store = CellStore(resolve(out_dir) / "cells")
+    store = CellStore.of(out_dir)
     keys, jobs = _plan(asked, hashes, device, store)
     done = {key: rows for key in set(keys) if (rows := store.read(key))}
     missing = [job for each in jobs if (job := _without(each, done)).evaluations]
@@ -196,7 +197,7 @@ def _refuse_fork(executor: Executor | None) -> None:
 def _plan(asked: Sequence[Cell], hashes: Hashes, device: str, store: CellStore) -> tuple[list[str], list[Job]]:
     """The key of each cell, and the jobs that give all of them, each cell once."""
     judged = {cell.evaluation: _without_name(cell.evaluation) for cell in asked}
-    version = versions()["delta_analysis"]
+    code = code_digest()
     keys: list[str] = []
     planned: set[str] = set()
     groups: dict[tuple[Pair, Edit | None, int], dict[str, Evaluation]] = {}
@@ -208,7 +209,7 @@ def _plan(asked: Sequence[Cell], hashes: Hashes, device: str, store: CellStore) 
         if edit is None and cell.pair not in is_delta:
             is_delta[cell.pair] = open_checkpoint(cell.pair.finetuned).is_delta
         matters = edit is not None or is_delta[cell.pair]
-        described = [base if matters else "", finetuned, content(edit), seed, judged[cell.evaluation], version]
+        described = [base if matters else "", finetuned, content(edit), seed, judged[cell.evaluation], code]
         keys.append(digest(described))
         if keys[-1] not in planned:
             planned.add(keys[-1])

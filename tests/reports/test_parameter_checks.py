@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from delta_analysis.checkpoints import find_root
 from delta_analysis.evaluation import Classification, ExactMatch, LmEval, TextPerplexity, load_labelled
 from delta_analysis.reports.family import TASK_PAIRS, TASKS, Relation, questions_file, sample_text_file
 from delta_analysis.reports.parameter_checks import (
@@ -15,11 +16,11 @@ from delta_analysis.reports.parameter_checks import (
     check_device_parameter,
     check_integer,
     check_model,
-    check_out_dir,
     check_pair,
     check_scope,
     choose_evaluation,
     evaluation_file,
+    made_folder,
     parse_drop_rates,
 )
 from tests.conftest import SaveCheckpoint
@@ -60,12 +61,14 @@ def test_devices_are_those_that_are_there() -> None:
 
 
 def test_the_folder_of_results_is_made_or_refused(tmp_path: Path) -> None:
-    check_out_dir(str(tmp_path / "a" / "b"))
+    assert made_folder(str(tmp_path / "a" / "b")) == str(tmp_path / "a" / "b")
+    # Wherever a notebook runs.
+    assert made_folder("runs/test") == str(find_root() / "runs" / "test")
     assert (tmp_path / "a" / "b").is_dir()
     (tmp_path / "file").touch()
     for wrong in ("", str(tmp_path / "file"), str(tmp_path / "file" / "below")):
         with pytest.raises(ParameterError, match="parameter out_dir: must name a folder that can be made"):
-            check_out_dir(wrong)
+            made_folder(wrong)
 
 
 def test_an_adapter_stands_without_its_base_but_answers_with_it_only(tmp_path: Path) -> None:

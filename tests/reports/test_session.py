@@ -48,7 +48,7 @@ def test_results_figure_and_provenance_are_written(tmp_path: Path) -> None:
     pd.testing.assert_frame_equal(pd.read_parquet(folder / "results.parquet"), table)
     run = json.loads((folder / "run.json").read_text())
     assert run["headline"] == "Found."
-    assert run["parameters"] == {"out_dir": str(folder), "n_seeds": 3}
+    assert run["parameters"] == {"n_seeds": 3}
     assert {"python", "torch", "delta_analysis"} <= set(run["versions"])
     weights = find_root() / "data/zoo/small/base/model.safetensors"
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 
 from delta_analysis.evaluation import Classification, ExactMatch, Labelled, LmEval, Question, harness
 from delta_analysis.pruning.pruners import Dare, MagPrune
+from delta_analysis.sweeps import cells
 from delta_analysis.sweeps.cells import SCHEMA, CellStore, Row, content, digest
 from delta_analysis.sweeps.pairs import Edit
 
@@ -268,6 +270,25 @@ def test_many_may_write_and_read_a_cell_at_the_same_time(tmp_path: Path) -> None
     with ThreadPoolExecutor(8) as pool:
         assert all(found in rows for found in pool.map(write_and_read, rows))
     assert [path.name for path in tmp_path.iterdir()] == ["key.parquet"]
+
+
+@pytest.mark.parametrize("room", ["_kernels", "pruning", "merging", "evaluation", "sweeps"])
+def test_every_source_that_computes_a_cell_counts(room: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = shutil.copytree(Path(cells.__file__).parents[1], tmp_path / "delta_analysis")
+    monkeypatch.setattr(cells, "__file__", str(package / "sweeps" / "cells.py"))
+    before = cells.code_digest.__wrapped__()
+    assert before == cells.code_digest()
+    with sorted((package / room).glob("*.py"))[-1].open("a") as file:
+        file.write("# one more line\n")
+    assert cells.code_digest.__wrapped__() != before
+
+
+def test_pages_and_figures_change_no_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = shutil.copytree(Path(cells.__file__).parents[1], tmp_path / "delta_analysis")
+    monkeypatch.setattr(cells, "__file__", str(package / "sweeps" / "cells.py"))
+    for room in ("plots", "reports", "studies"):
+        shutil.rmtree(package / room)
+    assert cells.code_digest.__wrapped__() == cells.code_digest()
 
 
 def test_a_cell_under_another_name_is_not_believed(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import shutil
 from dataclasses import replace
@@ -17,7 +16,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 
 from delta_analysis.checkpoints.checkpoint import open_checkpoint
-from delta_analysis.checkpoints.provenance import content_hash, versions
+from delta_analysis.checkpoints.provenance import content_hash
 from delta_analysis.evaluation import ExactMatch, Question
 from delta_analysis.evaluation.models import load_model
 from delta_analysis.pruning.pruners import Dare, Magnitude, MagPrune
@@ -133,15 +132,31 @@ def test_what_a_cell_consists_of_makes_another(
     assert len(cells_of(tmp_path)) == 3
 
 
-def test_another_version_of_the_package_is_another_cell(
+def test_changed_code_returns_no_old_number(
     family: Family, logs: Logs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sweep([family.pair()], [Dare(0.5)], [logs], [0], tmp_path)
-    # Its name in the package is that of the function.
-    module = importlib.import_module("delta_analysis.sweeps.engine")
-    monkeypatch.setattr(module, "versions", lambda: versions() | {"delta_analysis": "0.0.1"})
+    monkeypatch.setattr("delta_analysis.sweeps.engine.code_digest", lambda: "of other sources")
     sweep([family.pair()], [Dare(0.5)], [logs], [0], tmp_path)
     assert calls(logs) == 2
+
+
+def test_all_sweeps_may_share_the_cells_of_one_folder(
+    family: Family, logs: Logs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DELTA_ANALYSIS_CELLS", str(tmp_path / "store"))
+    for out_dir in ("one", "two"):
+        sweep([family.pair()], [Dare(0.5)], [logs], [0], tmp_path / out_dir)
+    assert calls(logs) == 1
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["store"]
+
+
+def test_a_relative_folder_is_one_below_the_working_directory(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sweep([family.pair()], [Dare(0.5)], [Reads()], [0], "out")
+    assert [path.parent for path in cells_of(tmp_path)] == [tmp_path / "out" / "cells"]
 
 
 def test_what_no_method_and_no_seed_changes_runs_once(family: Family, logs: Logs, tmp_path: Path) -> None:
