@@ -12,7 +12,7 @@ from delta_analysis.checkpoints.names import (
     parse_name,
     reading_order,
 )
-from delta_analysis.checkpoints.paths import find_input, find_root, resolve, sha256, zoo_names
+from delta_analysis.checkpoints.paths import find_input, find_root, resolve, sha256, written_whole, zoo_names
 from delta_analysis.checkpoints.provenance import content_hash, file_hashes, versions
 from delta_analysis.checkpoints.published import PREFIX, known_pairs, pair_sources
 from delta_analysis.checkpoints.tensors import Entry, Held, Stored
@@ -45,5 +45,6 @@ __all__ = [
     "sha256",
     "tokenizer_folder",
     "versions",
+    "written_whole",
     "zoo_names",
 ]

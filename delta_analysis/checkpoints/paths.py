@@ -1,8 +1,13 @@
-"""Where the project's own data lie: the repository root and the embedded models."""
+"""Where the project's own data lie, and how files are written: whole or not at all."""
 
 from __future__ import annotations
 
 import hashlib
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from delta_analysis._errors import CheckpointError
@@ -30,6 +35,24 @@ def find_input(path: str | Path) -> Path:
     """A path to read: from the working directory if it is there, else relative to the repository."""
     given = Path(path).expanduser()
     return given.resolve() if given.exists() else resolve(given)
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Where to write a file or a folder that gets the name `path` when all is written; if it fails, nothing is left.
+
+    Any number may write the same one at the same time: the last to end stays.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.partial")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        if partial.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            partial.unlink(missing_ok=True)
 
 
 def sha256(path: Path) -> str:

@@ -6,10 +6,8 @@ import json
 import math
 import os
 import shutil
-import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +19,15 @@ from tqdm import tqdm
 
 from delta_analysis._errors import CheckpointError, NotHomologousError, one_of
 from delta_analysis._kernels import map_blocks, uninitialised
-from delta_analysis.checkpoints import TOKENIZER, Checkpoint, Entry, bare_name, output_head, tokenizer_folder
+from delta_analysis.checkpoints import (
+    TOKENIZER,
+    Checkpoint,
+    Entry,
+    bare_name,
+    output_head,
+    tokenizer_folder,
+    written_whole,
+)
 from delta_analysis.deltas.delta import Delta
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -99,7 +105,8 @@ def save_checkpoint(
         raise FileExistsError(f"{out}: exists already; choose another out_dir, or remove it")
     model = base if delta.finetuned.is_delta else delta.finetuned
     parts = _plan(base, delta, model, dtype)
-    with _appearing(out) as folder:
+    with written_whole(out) as folder:
+        folder.mkdir()
         table = _write_shards(delta, parts, folder, max_shard_size)
         # A bare file of weights has neither configuration nor tokenizer.
         _write_config(model if model.config else base, folder, parts)
@@ -109,21 +116,6 @@ def save_checkpoint(
         for name, text in {} if delta.edits else delta.finetuned.beside.items():
             (folder / name).write_text(text, encoding="utf-8")
     return table
-
-
-@contextmanager
-def _appearing(out: Path) -> Iterator[Path]:
-    """A folder to write into, which gets the name `out` when all is written, and is gone if it is not."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    # A name of its own, so that two calls at once do not write into one folder.
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
-    try:
-        yield partial
-        partial.chmod(0o755)
-        partial.replace(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def _tokenizer(*sides: Checkpoint) -> list[Path]:

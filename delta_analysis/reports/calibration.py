@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from delta_analysis.checkpoints import content_hash, find_root
+from delta_analysis.checkpoints import content_hash, find_root, written_whole
 from delta_analysis.deltas import load_delta
 from delta_analysis.prediction import calibration_file, delta_predictors
 from delta_analysis.pruning import Dare
@@ -86,9 +86,8 @@ def main() -> None:
             warnings.simplefilter("ignore", UserWarning)
             tables.append(measure(relations, scopes, out).assign(group=name))
     file = calibration_file()
-    partial = file.with_name(f".{file.name}.partial")
-    pd.concat(tables).to_csv(partial, index=False, float_format="%.6g", lineterminator="\n")
-    partial.replace(file)
+    with written_whole(file) as partial:
+        pd.concat(tables).to_csv(partial, index=False, float_format="%.6g", lineterminator="\n")
     print(file)
 
 

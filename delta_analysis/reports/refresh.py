@@ -13,7 +13,7 @@ import nbformat
 from nbclient import NotebookClient
 from tqdm import tqdm
 
-from delta_analysis.checkpoints import find_root
+from delta_analysis.checkpoints import find_root, written_whole
 
 CELL_METADATA = {"tags"}
 NOTEBOOK_METADATA = {
@@ -43,9 +43,8 @@ def refresh(path: Path) -> None:
     notebook.metadata = nbformat.from_dict(NOTEBOOK_METADATA)
     for cell in notebook.cells:
         cell.metadata = nbformat.from_dict({k: v for k, v in cell.metadata.items() if k in CELL_METADATA})
-    partial = path.with_name(f".{path.name}.partial")
-    nbformat.write(notebook, partial)
-    partial.replace(path)
+    with written_whole(path) as partial:
+        nbformat.write(notebook, partial)
 
 
 if __name__ == "__main__":

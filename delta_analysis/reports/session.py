@@ -21,7 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from delta_analysis.checkpoints import file_hashes, sha256, versions
+from delta_analysis.checkpoints import file_hashes, sha256, versions, written_whole
 from delta_analysis.deltas import editable_shapes, in_scope, load_delta
 from delta_analysis.evaluation import Evaluation
 from delta_analysis.sweeps import END, HIGHEST, LOWEST, Interval, Pair
@@ -202,9 +202,7 @@ def write_results(
     headline : the report's main finding, one computed sentence.
     figure : the figure that shows it.
     """
-    folder = Path(parameters.out_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    given = dataclasses.asdict(parameters)
+    folder, given = Path(parameters.out_dir), dataclasses.asdict(parameters)
     run = {
         "headline": headline,
         # Where a run was written says nothing of it.
@@ -213,13 +211,9 @@ def write_results(
         "checkpoints": {source: file_hashes(source) for source in sorted(set(sources))},
         "files": {path.name: sha256(path) for path in sorted(set(files))},
     }
-    _replace(folder / "results.parquet", lambda path: results.to_parquet(path, index=False))
-    _replace(folder / "run.json", lambda path: path.write_text(json.dumps(run, indent=1, ensure_ascii=False) + "\n"))
-    _replace(folder / "headline.png", lambda path: figure.savefig(path, format="png", bbox_inches="tight"))
-
-
-def _replace(path: Path, write: Any) -> None:
-    """Write beside the final name, then rename: never half a file under the final name."""
-    partial = path.with_name(f".{path.name}.partial")
-    write(partial)
-    partial.replace(path)
+    with written_whole(folder / "results.parquet") as path:
+        results.to_parquet(path, index=False)
+    with written_whole(folder / "run.json") as path:
+        path.write_text(json.dumps(run, indent=1, ensure_ascii=False) + "\n")
+    with written_whole(folder / "headline.png") as path:
+        figure.savefig(path, format="png", bbox_inches="tight")

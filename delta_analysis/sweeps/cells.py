@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
-import uuid
 from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cache
@@ -15,6 +13,8 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from delta_analysis.checkpoints import written_whole
 
 STORE = "DELTA_ANALYSIS_CELLS"
 """The environment variable that names a folder for the cells of all sweeps, wherever else they write."""
@@ -122,14 +122,9 @@ class CellStore:
         return rows if whole and rows and not any(row["error"] for row in rows) else None
 
     def write(self, key: str, rows: list[Row]) -> None:
-        """Write beside the final name, then rename; an error takes the place of no finished cell."""
+        """Write a cell; an error takes the place of no finished one."""
         if any(row.get("error") for row in rows) and self.read(key):
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        partial = self.folder / f".{key}.{os.getpid()}-{uuid.uuid4().hex[:8]}.partial"
-        try:
-            table = pa.Table.from_pylist(rows, schema=SCHEMA)
+        table = pa.Table.from_pylist(rows, schema=SCHEMA)
+        with written_whole(self.path(key)) as partial:
             pq.write_table(table.replace_schema_metadata({"digest": digest([key, table.to_pylist()])}), partial)
-            partial.replace(self.path(key))
-        finally:
-            partial.unlink(missing_ok=True)

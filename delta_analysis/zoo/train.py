@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from delta_analysis.checkpoints import written_whole
 from delta_analysis.zoo import corpus
 from delta_analysis.zoo.recipe import Shape, Stage
 
@@ -79,15 +80,13 @@ def save_model(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, directory: Path, record: dict[str, Any]
 ) -> None:
     """Write the model in float16 with its tokenizer and training record, whole or not at all."""
-    parts = directory.with_name(f".{directory.name}.partial")
-    shutil.rmtree(parts, ignore_errors=True)
     stored = type(model)(model.config)
     stored.load_state_dict(model.state_dict())
-    stored.half().save_pretrained(parts)
-    tokenizer.save_pretrained(parts)
-    (parts / "training.json").write_text(json.dumps(record, indent=1) + "\n")
-    shutil.rmtree(directory, ignore_errors=True)
-    parts.replace(directory)
+    with written_whole(directory) as folder:
+        stored.half().save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        (folder / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def train_stage(stage: Stage, shape: Shape, family: Path, architecture: Architecture) -> None:
@@ -136,7 +135,7 @@ def train_stage(stage: Stage, shape: Shape, family: Path, architecture: Architec
             }
             save_model(model, architecture.tokenizer(), family / trail.get(done, stage.name), record)
         elif done % SAVE_EVERY == 0:
-            partial = state_file.with_suffix(".partial")
-            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses}, partial)
-            partial.replace(state_file)
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses}
+            with written_whole(state_file) as partial:
+                torch.save(state, partial)
     state_file.unlink(missing_ok=True)

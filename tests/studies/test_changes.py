@@ -287,7 +287,7 @@ def test_a_half_written_folder_does_not_count(
     with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
         if left_behind:
             # A process that is killed clears nothing away.
-            context.setattr("delta_analysis.deltas.saving.shutil.rmtree", lambda *args, **kwargs: None)
+            context.setattr("delta_analysis.checkpoints.paths.shutil.rmtree", lambda *args, **kwargs: None)
         derived_pair(family.pair(), Doubles(str(stop)), out)
     left = list((out / "derived").iterdir())
     assert len(left) == left_behind

@@ -1,0 +1,40 @@
+"""Files appear whole or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from delta_analysis.checkpoints.paths import written_whole
+
+
+def test_a_reader_of_the_old_file_keeps_it_and_a_new_one_has_the_new(tmp_path: Path) -> None:
+    path = tmp_path / "new folder" / "table.txt"
+    with written_whole(path) as partial:
+        partial.write_text("old and long")
+    with path.open() as reader:
+        with written_whole(path) as partial:
+            partial.write_text("new")
+            assert path.read_text() == "old and long"
+        assert reader.read() == "old and long"
+    assert path.read_text() == "new"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_folder_appears_with_all_that_it_holds(tmp_path: Path) -> None:
+    with written_whole(tmp_path / "model") as partial:
+        partial.mkdir()
+        (partial / "weights").write_text("1")
+        assert not (tmp_path / "model").exists()
+    assert (tmp_path / "model" / "weights").read_text() == "1"
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_what_fails_leaves_nothing(folder: bool, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), written_whole(tmp_path / "out") as partial:
+        if folder:
+            partial.mkdir()
+        (partial / "weights" if folder else partial).write_text("half")
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
