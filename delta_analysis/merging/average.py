@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
-from delta_analysis.merging.methods import Parts, Statistic, check_mean, check_scaling, weighted_mean
+from delta_analysis.merging.methods import MergeMethod, Parts, check_mean, weighted_mean
 
 
 @dataclass(frozen=True)
-class Average:
+class Average(MergeMethod):
     """The weighted mean of the deltas, `scaling · Σ w_k δ_k / Σ w_k`.
 
     Parameters
@@ -32,15 +32,9 @@ class Average:
     """
 
     scaling: float = 1.0
-    label: str = field(default="average", init=False)
-    trim: None = field(default=None, init=False)
-    statistic: Statistic = field(default="", init=False)
-
-    def __post_init__(self) -> None:
-        check_scaling(self)
+    label = "average"
 
     def check(self, weights: tuple[float, ...]) -> None:
-        """Raise if the weights have no mean."""
         check_mean(weights)
 
     def __call__(self, parts: Parts) -> torch.Tensor:

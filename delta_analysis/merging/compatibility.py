@@ -36,7 +36,7 @@ def check_mergeable(base: Checkpoint | Source, deltas: Sequence[Delta]) -> tuple
         base's own; settings that differ from the base's, which the merge has.
     """
     start = base if isinstance(base, Checkpoint) else open_checkpoint(base)
-    given = [_based(delta, start) for delta in _checked_deltas(deltas)]
+    given = [_based(delta, start) for delta in check_deltas(deltas)]
     matches = _matches(start, given)
     for delta in given:
         _warn_of_losses(delta)
@@ -82,7 +82,8 @@ def _read(entry: Entry) -> torch.Tensor:
     return to_float32(entry.read())
 
 
-def _checked_deltas(deltas: Sequence[Delta]) -> list[Delta]:
+def check_deltas(deltas: Sequence[Delta]) -> list[Delta]:
+    """The deltas; raise unless they are some, each with its base or an adapter."""
     if isinstance(deltas, Delta) or not isinstance(deltas, Sequence) or not deltas:
         raise ValueError("deltas must be a list of at least one delta, such as load_delta gives")
     for k, delta in enumerate(deltas):

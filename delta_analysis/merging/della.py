@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 from delta_analysis.merging.election import elected
-from delta_analysis.merging.methods import Parts, Statistic, check_scaling
+from delta_analysis.merging.methods import MergeMethod, Parts
 from delta_analysis.pruning import MagPrune, Pruner
 
 
 @dataclass(frozen=True)
-class Della:
+class Della(MergeMethod):
     """Drop by MAGPRUNE, elect signs, and fuse the entries that agree into their mean.
 
     Parameters
@@ -45,28 +45,22 @@ class Della:
     rank: Literal["row", "tensor", "value"] = "row"
     elect: bool = True
     scaling: float = 1.0
-    statistic: Statistic = field(default="", init=False)
 
     def __post_init__(self) -> None:
         MagPrune(self.drop_rate, self.window, self.rank)
         if not isinstance(self.elect, bool):
             raise ValueError(f"elect must be True or False; not {self.elect!r}")
-        check_scaling(self)
+        super().__post_init__()
 
     @property
     def label(self) -> str:
-        """What tables and figures call it."""
         rank = {"row": "", "tensor": ", ranked by tensor", "value": ", no rank"}[self.rank]
         window = "" if self.window == "widest" else f", window {self.window:g}"
         return f"DELLA{rank}{'' if self.elect else ', no election'}{window}"
 
     @property
     def trim(self) -> Pruner | None:
-        """What drops entries before the election."""
         return MagPrune(self.drop_rate, self.window, self.rank) if self.drop_rate else None
-
-    def check(self, weights: tuple[float, ...]) -> None:
-        """Any weights will do."""
 
     def __call__(self, parts: Parts) -> torch.Tensor:
         return elected(parts.deltas, parts.weights, scaling=self.scaling, elect=self.elect)

@@ -11,10 +11,9 @@ import numpy as np
 import pandas as pd
 import torch
 
-from delta_analysis._kernels import map_blocks
 from delta_analysis.deltas import LABELS, Grouping
 from delta_analysis.merging.conflicts import check_grouping, common_names, energy, group_sums, labels, read_together
-from delta_analysis.merging.election import Slack
+from delta_analysis.merging.election import Slack, outvoted
 from delta_analysis.merging.merger import source_seed
 from delta_analysis.pruning import Magnitude, Permuted, Prune, Pruner, bind
 
@@ -89,28 +88,6 @@ def discard_rate(
     return table if trim is None and slack is None else table.assign(gaussian_null=math.nan)
 
 
-def is_outvoted(own: torch.Tensor, other: torch.Tensor, slack: Slack | None = None) -> torch.Tensor:
-    """Which entries of the first of two deltas, times their weights, lose the election: a mask of their shape.
-
-    These are entries that are not zero and whose sign is not that of the sum, positive where this is 0,
-    unless the slack says who wins. The rule is that of `Ties`, in float64.
-
-    Examples
-    --------
-    >>> is_outvoted(torch.tensor([1.0, -1.0, -1.0, 0.0]), torch.tensor([-1.0, 1.0, 0.5, 2.0]))
-    tensor([False,  True, False, False])
-    """
-    own, other = own.to(torch.float64), other.to(torch.float64)
-    total = own + other
-    positive = total >= 0
-    if slack is not None:
-        protected = (own, other)[slack.protected]
-        others = total - protected
-        wins = others.abs() > (1 + slack.relative) * protected.abs() + slack.absolute
-        positive = torch.where((protected * others < 0) & ~wins, protected > 0, positive)
-    return (own != 0) & ((own > 0) != positive)
-
-
 def _sums(
     name: str,
     tensors: Tensors,
@@ -123,12 +100,15 @@ def _sums(
     energies = [energy(tensor, name, label) for label, tensor in tensors.items()]
     size, other_size = (abs(weight) * math.sqrt(each) for weight, each in zip(weights, energies, strict=True))
     own, other = (prune(tensor, name=name) for prune, tensor in zip(prunes, tensors.values(), strict=True))
-    counts = _count(own, other, weights, slack)
+    kept, conflicts, lost = outvoted(own, other, weights, slack)
+    *_, lost_by_chance = outvoted(own, Permuted()(other, name=name, seed=seed), weights, slack)
     return {
         **labels(name, own),
-        **counts,
-        "lost_by_chance": _count(own, Permuted()(other, name=name, seed=seed), weights, slack)["lost"],
-        "lost_if_gaussian": counts["kept"] * math.atan2(other_size, size) / math.pi,
+        "kept": kept,
+        "conflicts": conflicts,
+        "lost": lost,
+        "lost_by_chance": lost_by_chance,
+        "lost_if_gaussian": kept * math.atan2(other_size, size) / math.pi,
         "square": size**2,
         "other_square": other_size**2,
     }
@@ -145,16 +125,3 @@ def _shares(sums: pd.DataFrame) -> pd.DataFrame:
         "size_ratio": np.sqrt(sums["other_square"] / sums["square"]),
     }
     return sums[[*LABELS, "tensors", "numel", "kept"]].assign(**shares)
-
-
-def _count(sft: torch.Tensor, cpt: torch.Tensor, weights: tuple[float, float], slack: Slack | None) -> dict[str, int]:
-    """How many entries of the first are not zero, how many of them meet one of the other sign, and how many lose."""
-    beside = cpt.reshape(-1)
-
-    def work(values: torch.Tensor, start: int) -> torch.Tensor:
-        own = values.to(torch.float64) * weights[0]
-        other = beside[start : start + len(values)].to(torch.float64) * weights[1]
-        return torch.stack([each.sum() for each in (own != 0, own * other < 0, is_outvoted(own, other, slack))])
-
-    counts = sum(map_blocks(sft, work), torch.zeros(3, dtype=torch.int64))
-    return dict(zip(("kept", "conflicts", "lost"), counts.tolist(), strict=True))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from delta_analysis._kernels import compiled, new_tensor
+from delta_analysis._kernels import compiled, map_blocks, new_tensor
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,6 @@ class Slack:
         return f"slack {' + '.join(parts) or 0}"
 
 
-NO_SLACK = (-1, 0.0, 0.0)
 FUSIONS = ("mean", "sum")
 _BLOCK = 2**15
 """Entries of a block: what is held of it stays in the cache."""
@@ -87,34 +86,79 @@ def elected(
     weights : one a delta.
     fuse : `"mean"`, over the sizes |w_k| of the weights of the entries that count, or `"sum"`.
     """
-    protected, relative, absolute = NO_SLACK if slack is None else (slack.protected, slack.relative, slack.absolute)
     if slack is not None:
         slack.check(len(deltas))
     flat = [delta.detach().reshape(-1) for delta in deltas]
-    shares = np.array(weights, dtype=np.float64)
+    limits, shares = _limits(slack), np.array(weights, dtype=np.float64)
 
     def work(values: torch.Tensor, start: int, out: torch.Tensor) -> None:
         stop = start + values.numel()
         votes = np.stack([each[start:stop].numpy() for each in flat])
-        rule = scaling, elect, fuse == "mean"
-        _elect(votes, shares, *rule, protected, 1 + relative, absolute, out.numpy())
+        _elect(votes, shares, scaling, elect, fuse == "mean", *limits, out.numpy())
 
     return new_tensor(deltas[0], work, block=_BLOCK)
 
 
+def outvoted(
+    own: torch.Tensor, other: torch.Tensor, weights: tuple[float, float], slack: Slack | None = None
+) -> tuple[int, int, int]:
+    """Of the entries of one delta, how many are not zero, meet one of the other sign in the other, lose the election.
+
+    The deltas are float32 on the CPU, of one shape, without NaN. The rule is that of `elected`.
+
+    Examples
+    --------
+    >>> outvoted(torch.tensor([1.0, -1.0, -1.0, 0.0]), torch.tensor([-1.0, 1.0, 0.5, 2.0]), (1.0, 1.0))
+    (3, 3, 1)
+    """
+    limits, shares, beside = _limits(slack), np.array(weights, dtype=np.float64), other.reshape(-1)
+
+    def work(values: torch.Tensor, start: int) -> np.ndarray:
+        votes = np.stack([values.numpy(), beside[start : start + len(values)].numpy()])
+        counts = np.zeros(3, dtype=np.int64)
+        _count_outvoted(votes, shares, *limits, counts)
+        return counts
+
+    kept, conflicts, lost = sum(map_blocks(own, work, block=_BLOCK), np.zeros(3, dtype=np.int64)).tolist()
+    return kept, conflicts, lost
+
+
+def _limits(slack: Slack | None) -> tuple[int, float, float]:
+    """Which delta is protected, -1 for none, and the factor and the constant of its slack."""
+    return (-1, 1.0, 0.0) if slack is None else (slack.protected, 1 + slack.relative, slack.absolute)
+
+
 @compiled
-def _elect(votes, weights, scaling, elect, mean, protected, factor, absolute, out):  # type: ignore[no-untyped-def]
-    total = np.zeros(out.size)
+def _signs(votes, weights, protected, factor, absolute):  # type: ignore[no-untyped-def]
+    """The weighted sum of each entry, and its elected sign."""
+    numel = votes.shape[1]
+    total = np.zeros(numel)
     for k in range(weights.size):
-        for i in range(out.size):
+        for i in range(numel):
             total[i] += weights[k] * np.float64(votes[k, i])
     sign = np.where(total >= 0, 1.0, -1.0)
     if protected >= 0:
-        for i in range(out.size):
+        for i in range(numel):
             own = weights[protected] * np.float64(votes[protected, i])
             others = total[i] - own
             if own * others < 0 and not abs(others) > factor * abs(own) + absolute:
                 sign[i] = 1.0 if own > 0 else -1.0
+    return total, sign
+
+
+@compiled
+def _count_outvoted(votes, weights, protected, factor, absolute, counts):  # type: ignore[no-untyped-def]
+    _, sign = _signs(votes, weights, protected, factor, absolute)
+    for i in range(sign.size):
+        own, other = weights[0] * np.float64(votes[0, i]), weights[1] * np.float64(votes[1, i])
+        counts[0] += own != 0
+        counts[1] += own * other < 0
+        counts[2] += own * sign[i] < 0
+
+
+@compiled
+def _elect(votes, weights, scaling, elect, mean, protected, factor, absolute, out):  # type: ignore[no-untyped-def]
+    total, sign = _signs(votes, weights, protected, factor, absolute)
     fused, whole = np.zeros(out.size), np.zeros(out.size)
     for k in range(weights.size):
         for i in range(out.size):

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
 from delta_analysis._kernels import new_tensor
-from delta_analysis.merging.methods import Parts, Statistic, check_scaling, check_weights, is_number, weighted_mean
+from delta_analysis.merging.methods import MergeMethod, Parts, check_weights, is_number, weighted_mean
 
 
 @dataclass(frozen=True)
-class Fisher:
+class Fisher(MergeMethod):
     """The mean of the deltas, each entry weighted by its Fisher information: `scaling · Σ w_k F_k δ_k / Σ w_k F_k`.
 
     It is the Fisher-weighted mean of the models less their base. Where the data says nothing of a tensor
@@ -38,17 +38,15 @@ class Fisher:
 
     scaling: float = 1.0
     floor: float = 1e-6
-    label: str = field(default="Fisher", init=False)
-    trim: None = field(default=None, init=False)
-    statistic: Statistic = field(default="fisher", init=False)
+    label = "Fisher"
+    statistic = "fisher"
 
     def __post_init__(self) -> None:
-        check_scaling(self)
+        super().__post_init__()
         if not is_number(self.floor) or self.floor <= 0:
             raise ValueError(f"floor must be a finite number above 0, in units of the mean; not {self.floor!r}")
 
     def check(self, weights: tuple[float, ...]) -> None:
-        """Raise if the weights are not those of a mean."""
         check_weights(weights)
 
     def __call__(self, parts: Parts) -> torch.Tensor:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from delta_analysis.checkpoints import find_root
 from delta_analysis.deltas import Delta
 from delta_analysis.merging.average import Average
 from delta_analysis.merging.della import Della
@@ -58,8 +60,8 @@ def mergekit_recipe(
     It has `Average`, `TaskArithmetic`, `Ties` with scope `"tensor"` and without slack, and `Della` with
     rank `"row"` and its election, each after at most one way of dropping entries: `Dare`, `Magnitude`
     in a tensor, or `MagPrune` by row, at a rate for each model; with an elected mean, for weights of
-    at least 0. Comments say where its arithmetic is another. All models have to be folders or hub
-    ids; an embedded one is given by its place in the repository.
+    at least 0. Comments say where its arithmetic is another. All models have to be folders, which are
+    given by their full paths, or hub ids.
 
     Parameters
     ----------
@@ -70,13 +72,13 @@ def mergekit_recipe(
     >>> import delta_analysis as da
     >>> deltas = [da.load_delta(base="zoo:tiny/base", finetuned=f"zoo:tiny/{name}") for name in ("instruct", "math")]
     >>> text = mergekit_recipe("zoo:tiny/base", deltas, da.merging.TaskArithmetic(0.5), [da.Dare(0.9)] * 2, [1.0, 2.0])
-    >>> print("".join(line for line in text.splitlines(keepends=True) if line[0] != "#"))
+    >>> print("".join(line for line in text.splitlines(keepends=True) if line[0] != "#"))  # doctest: +ELLIPSIS
     merge_method: dare_linear
-    base_model: "data/zoo/tiny/base"
+    base_model: "/.../data/zoo/tiny/base"
     models:
-      - model: "data/zoo/tiny/instruct"
+      - model: "/.../data/zoo/tiny/instruct"
         parameters: {weight: 1.0, density: 0.1}
-      - model: "data/zoo/tiny/math"
+      - model: "/.../data/zoo/tiny/math"
         parameters: {weight: 2.0, density: 0.1}
     parameters: {normalize: false, rescale: true, lambda: 0.5}
     dtype: float32
@@ -167,8 +169,10 @@ def _remarks(name: str, way: str, pruners: Sequence[Pruner | None]) -> list[str]
 
 
 def _place(source: str) -> str:
-    """A model's place in quotes; an embedded one's in the repository."""
-    return json.dumps(f"data/zoo/{source.removeprefix('zoo:')}" if source.startswith("zoo:") else source)
+    """The full path of a folder, wherever mergekit runs, or a hub id as it is; in quotes."""
+    embedded = source.startswith("zoo:")
+    path = find_root() / "data/zoo" / source.removeprefix("zoo:") if embedded else Path(source).expanduser()
+    return json.dumps(str(path.absolute()) if path.exists() else source)
 
 
 def _flow(parameters: dict[str, float]) -> str:

@@ -17,13 +17,13 @@ import torch
 from delta_analysis._kernels import to_float32
 from delta_analysis.checkpoints import Checkpoint, Entry, Source
 from delta_analysis.deltas import COMPARED, Delta, Match
-from delta_analysis.merging.compatibility import check_mergeable
+from delta_analysis.merging.compatibility import check_deltas, check_mergeable
 from delta_analysis.merging.mergekit import FILE, mergekit_recipe
-from delta_analysis.merging.methods import MergeMethod, Parts, ReadsBase
-from delta_analysis.merging.statistics import check_batch, gather
+from delta_analysis.merging.methods import MergeMethod, Parts
+from delta_analysis.merging.statistics import check_inputs, gather
 from delta_analysis.pruning import Prune, Pruner, bind
 
-Batches = Iterable[Mapping[str, torch.Tensor]]
+Inputs = Iterable[Mapping[str, torch.Tensor]]
 """Arguments of a model's forward pass, batch after batch."""
 
 
@@ -52,7 +52,7 @@ def merge(
     *,
     weights: Sequence[float] | None = None,
     seed: int = 0,
-    data: Sequence[Batches] | None = None,
+    data: Sequence[Inputs] | None = None,
     device: str = "cpu",
 ) -> Delta:
     """The deltas of one base merged into one, a delta again: lazy, to be evaluated, analysed or saved.
@@ -101,11 +101,12 @@ def merge(
     >>> torch.equal(merged[name], (deltas[0][name] + deltas[1][name]) / 2)
     True
     """
-    start, given, matches = check_mergeable(base, deltas)
-    pruners, number = _one_each(prune, len(given)), _checked_seed(seed)
-    shares = _checked_weights(weights, len(given))
+    # What costs nothing to check comes before weights are read.
+    count = len(check_deltas(deltas))
+    pruners, number, shares = _one_each(prune, count), _checked_seed(seed), _checked_weights(weights, count)
     _check_method(method, shares)
-    batches = _checked_data(method, data, len(given))
+    batches = _checked_data(method, data, count)
+    start, given, matches = check_mergeable(base, deltas)
     statistics = [
         gather(method.statistic, delta, each, device=device, seed=number)  # type: ignore[arg-type]
         for delta, each in zip(given, batches, strict=False)
@@ -131,7 +132,7 @@ def _merged(base: Checkpoint, matches: Sequence[Match], merger: Merger) -> Delta
 
 
 def _check_method(method: MergeMethod, weights: Sequence[float]) -> None:
-    if isinstance(method, type) or not callable(getattr(method, "check", None)):
+    if not isinstance(method, MergeMethod):
         raise ValueError(f"method must be a merge method such as Ties(0.8), a value and not a class; not {method!r}")
     method.check(tuple(weights))
 
@@ -169,7 +170,7 @@ def _checked_seed(seed: int) -> int:
     return number
 
 
-def _checked_data(method: MergeMethod, data: Sequence[Batches] | None, count: int) -> list[Batches]:
+def _checked_data(method: MergeMethod, data: Sequence[Inputs] | None, count: int) -> list[Inputs]:
     """The batches of each delta, the first of each looked at before any model is loaded."""
     if not method.statistic:
         if data is not None:
@@ -183,14 +184,14 @@ def _checked_data(method: MergeMethod, data: Sequence[Batches] | None, count: in
     return [_looked_at(batches, k) for k, batches in enumerate(data)]
 
 
-def _looked_at(batches: Batches, position: int) -> Batches:
+def _looked_at(batches: Inputs, position: int) -> Inputs:
     if not isinstance(batches, Iterable):
         raise ValueError(f"data: number {position} must be an iterable of batches; not {batches!r}")
     rest: Iterator[Mapping[str, torch.Tensor]] = iter(batches)
     first = next(rest, None)
     if first is None:
         raise ValueError(f"data: number {position} holds no batch (a generator can be read only once)")
-    check_batch(first, 0)
+    check_inputs(first, 0)
     return chain([first], rest)
 
 
@@ -271,7 +272,7 @@ class Merger:
         found = [each[name] if name in each else None for each in self._ready]
         shape = next(each.shape for each in found if each is not None)
         deltas = tuple(torch.zeros(shape) if each is None else each for each in found)
-        base = self.base(name) if isinstance(self.method, ReadsBase) else None
+        base = self.base(name) if self.method.reads_base else None
         known = [each[name] for each in self.statistics if name in each]
         statistics = tuple(known) if self.statistics and len(known) == len(self.deltas) else None
         return self.method(Parts(name, deltas, self.weights, base, statistics))

@@ -1,11 +1,11 @@
-"""What merge methods share: what one tensor of a merge is made of, the protocol, sums, means and checks."""
+"""What merge methods share: what one tensor of a merge is made of, their defaults, sums, means and checks."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from numbers import Real
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 
@@ -23,7 +23,7 @@ class Parts(NamedTuple):
     name : of the tensor.
     deltas : float32, all of one shape, pruned and trimmed already.
     weights : one a delta.
-    base : the base's tensor, float32; None unless the method `ReadsBase`.
+    base : the base's tensor, float32; None unless the method `reads_base`.
     statistics : one a delta, None where the method needs none or the data said nothing of this tensor.
     """
 
@@ -34,34 +34,39 @@ class Parts(NamedTuple):
     statistics: tuple[torch.Tensor, ...] | None = None
 
 
-class MergeMethod(Protocol):
+class MergeMethod:
     """Makes one tensor of the merged delta out of those of the deltas: a frozen dataclass such as `Ties`.
 
     `scaling` is what the merged delta is multiplied by; `label` is what tables and figures call the method;
-    `trim` is the pruner that belongs to it, after any other, or None; `statistic` is what data it needs.
+    `trim` is the pruner that belongs to it, after any other, or None; `statistic` is what data it needs;
+    `reads_base`, whether it looks at the base's weights too.
     """
 
+    scaling: float
+    statistic: ClassVar[Statistic] = ""
+    reads_base: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        scaling = self.scaling
+        if not is_number(scaling):
+            raise ValueError(
+                f"scaling must be a finite number, what the merged delta is multiplied by; not {scaling!r}"
+            )
+        object.__setattr__(self, "scaling", float(scaling))
+
     @property
-    def scaling(self) -> float: ...
+    def label(self) -> str:
+        raise NotImplementedError
+
     @property
-    def label(self) -> str: ...
-    @property
-    def trim(self) -> Pruner | None: ...
-    @property
-    def statistic(self) -> Statistic: ...
+    def trim(self) -> Pruner | None:
+        return None
+
     def check(self, weights: tuple[float, ...]) -> None:
-        """Raise a `ValueError` if deltas of these weights, as many, cannot be merged so."""
-        ...
+        """Raise a `ValueError` if deltas of these weights, as many, cannot be merged so; any can by default."""
 
-    def __call__(self, parts: Parts) -> torch.Tensor: ...
-
-
-@runtime_checkable
-class ReadsBase(Protocol):
-    """A method that looks at the base's weights too; for the others these are not read."""
-
-    @property
-    def reads_base(self) -> Literal[True]: ...
+    def __call__(self, parts: Parts) -> torch.Tensor:
+        raise NotImplementedError
 
 
 def weighted_sum(deltas: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
@@ -83,14 +88,6 @@ def check_mean(weights: tuple[float, ...]) -> None:
     """Raise unless the weights have a sum to divide by."""
     if not sum(weights):
         raise ValueError(f"weights {weights} sum to 0, so that there is no mean")
-
-
-def check_scaling(method: MergeMethod) -> None:
-    """Make the scaling of a frozen method a float; raise unless it is a finite number."""
-    scaling = method.scaling
-    if not isinstance(scaling, Real) or isinstance(scaling, bool) or not math.isfinite(scaling):
-        raise ValueError(f"scaling must be a finite number, what the merged delta is multiplied by; not {scaling!r}")
-    object.__setattr__(method, "scaling", float(scaling))
 
 
 def check_weights(weights: tuple[float, ...]) -> None:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
-from delta_analysis.merging.methods import Parts, Statistic, check_scaling, check_weights, is_number, weighted_mean
+from delta_analysis.merging.methods import MergeMethod, Parts, check_weights, is_number, weighted_mean
 
 
 @dataclass(frozen=True)
-class RegMean:
+class RegMean(MergeMethod):
     """The delta whose outputs are nearest, by least squares, to those of every model on its own data.
 
     With `G_k = E[x xᵀ]` of the inputs of model k it solves `Σ w_k G_k · Δ = Σ w_k G_k δ_k` for the weights
@@ -45,19 +45,17 @@ class RegMean:
     scaling: float = 1.0
     shrink: float = 0.9
     ridge: float = 1e-6
-    label: str = field(default="RegMean", init=False)
-    trim: None = field(default=None, init=False)
-    statistic: Statistic = field(default="moments", init=False)
+    label = "RegMean"
+    statistic = "moments"
 
     def __post_init__(self) -> None:
-        check_scaling(self)
+        super().__post_init__()
         if not is_number(self.shrink) or not 0 <= self.shrink <= 1:
             raise ValueError(f"shrink must be in [0, 1], where 1 leaves the moments as they are; not {self.shrink!r}")
         if not is_number(self.ridge) or self.ridge < 0:
             raise ValueError(f"ridge must be a finite number of at least 0; not {self.ridge!r}")
 
     def check(self, weights: tuple[float, ...]) -> None:
-        """Raise if the weights are not those of a mean."""
         check_weights(weights)
 
     def __call__(self, parts: Parts) -> torch.Tensor:

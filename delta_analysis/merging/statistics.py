@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -27,13 +24,7 @@ UNANSWERED = -100
 
 @dataclass(frozen=True, eq=False)
 class Statistics(Mapping[str, torch.Tensor]):
-    """Means over data, a tensor at a time, of sums that lie on disk until this object is gone.
-
-    Attributes
-    ----------
-    sums : name of a tensor -> sum, mapped into memory.
-    counts : name -> how many sequences or positions were summed; what the data says nothing of is absent.
-    """
+    """Means over data, of sums and of how many sequences or positions were summed."""
 
     sums: Mapping[str, torch.Tensor] = field(repr=False)
     counts: Mapping[str, int] = field(repr=False)
@@ -65,8 +56,8 @@ def gather(
     inputs x of a linear layer; a head tied to the embeddings has none.
 
     Sequences are read one at a time and without padding, so that batches do not matter. Memory is that of
-    the model, of one sequence's pass and of one tensor; sums lie in the folder for temporary files (`TMPDIR`)
-    until the result is gone: 4 bytes a parameter, or for moments `8 · inputs²` a linear layer.
+    the model, of one sequence's pass and of the result: 4 bytes a parameter, or for moments `8 · inputs²` a
+    linear layer.
 
     Parameters
     ----------
@@ -90,8 +81,6 @@ def gather(
         distribution over labels, or whose activations or gradients are NaN or infinite.
     CheckpointError
         A model that cannot be loaded.
-    OSError
-        No room for temporary files.
 
     Source: Matena and Raffel, arXiv 2111.09832; Jin et al., RegMean, arXiv 2212.09849.
 
@@ -127,7 +116,7 @@ def _moments(model: PreTrainedModel, delta: Delta, sequences: Iterable[dict[str,
     ]
     if not layers:
         raise ValueError(f"{delta.finetuned.source}: none of the {len(delta)} tensors of the delta is a linear layer's")
-    sums = _on_disk({name: _shape_of_moments(layer) for name, layer in layers}, torch.float64)
+    sums = {name: torch.zeros(_shape_of_moments(layer), dtype=torch.float64) for name, layer in layers}
     counts = dict.fromkeys(sums, 0)
 
     def add(name: str, layer: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
@@ -161,7 +150,7 @@ def _fisher(model: PreTrainedModel, delta: Delta, sequences: Iterable[dict[str, 
         raise ValueError(f"{source}: the model does not choose one label of several; it has no Fisher information here")
     named = _named(model, delta)
     # Of a matrix over the vocabulary the delta may have the first rows only.
-    sums = _on_disk({name: delta.compared[name].shape for name in named.values()}, torch.float32)
+    sums = {name: torch.zeros(delta.compared[name].shape) for name in named.values()}
     reached = set()
 
     def add(name: str, parameter: torch.Tensor) -> None:
@@ -241,7 +230,7 @@ def _answered(logits: torch.Tensor, labels: torch.Tensor | None, ids: torch.Tens
     return rows[(labels[0, 1:] if by_position else labels) != UNANSWERED]
 
 
-def check_batch(batch: object, position: int) -> None:
+def check_inputs(batch: object, position: int) -> None:
     """Raise unless this is what a model's forward pass takes: token ids, and a mask of their shape if there is one."""
     ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
     if not isinstance(batch, Mapping) or not isinstance(ids, torch.Tensor) or ids.dim() != 2:
@@ -261,7 +250,7 @@ def check_batch(batch: object, position: int) -> None:
 def _sequences(batches: Iterable[Mapping[str, Any]], device: str) -> Iterator[dict[str, Any]]:
     """One sequence at a time, as arguments of a forward pass, with the padding cut away."""
     for i, batch in enumerate(batches):
-        check_batch(batch, i)
+        check_inputs(batch, i)
         ids = batch["input_ids"]
         mask = batch.get("attention_mask", torch.ones_like(ids)).bool()
         for row in range(len(ids)):
@@ -275,18 +264,6 @@ def _row(value: Any, row: int, mask: torch.Tensor, device: str) -> Any:
         return value
     part = value[row : row + 1]
     return (part[:, mask[row]] if value.shape[:2] == mask.shape else part).to(device)
-
-
-def _on_disk(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Zeros in one file mapped into memory; it has no name any more, and is gone with the tensors."""
-    sizes = [math.prod(shape) for shape in shapes.values()]
-    if not sizes:
-        return {}
-    with tempfile.NamedTemporaryFile() as file:
-        # Room is taken at once: to write to a mapped file on a full disk would end the process.
-        os.posix_fallocate(file.fileno(), 0, sum(sizes) * dtype.itemsize)
-        whole = torch.from_file(file.name, shared=True, size=sum(sizes), dtype=dtype)
-    return {name: part.view(shapes[name]) for name, part in zip(shapes, whole.split(sizes), strict=True)}
 
 
 def _check_finite(values: torch.Tensor, what: str) -> None:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
-from delta_analysis.merging.methods import Parts, Statistic, check_scaling, weighted_sum
+from delta_analysis.merging.methods import MergeMethod, Parts, weighted_sum
 
 
 @dataclass(frozen=True)
-class TaskArithmetic:
+class TaskArithmetic(MergeMethod):
     """The weighted sum of the deltas, `scaling · Σ w_k δ_k`.
 
     Parameters
@@ -32,15 +32,7 @@ class TaskArithmetic:
     """
 
     scaling: float = 1.0
-    label: str = field(default="task arithmetic", init=False)
-    trim: None = field(default=None, init=False)
-    statistic: Statistic = field(default="", init=False)
-
-    def __post_init__(self) -> None:
-        check_scaling(self)
-
-    def check(self, weights: tuple[float, ...]) -> None:
-        """Any weights will do."""
+    label = "task arithmetic"
 
     def __call__(self, parts: Parts) -> torch.Tensor:
         return weighted_sum(parts.deltas, parts.weights).mul_(self.scaling)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 from delta_analysis._errors import one_of
 from delta_analysis.merging.election import FUSIONS, Slack, elected
-from delta_analysis.merging.methods import Parts, Statistic, check_scaling
+from delta_analysis.merging.methods import MergeMethod, Parts
 from delta_analysis.pruning import Magnitude, Pruner
 
 
 @dataclass(frozen=True)
-class Ties:
+class Ties(MergeMethod):
     """Trim, elect signs, and take the mean of the entries that agree.
 
     Of each delta the entries of least magnitude are dropped; an entry's sign is that of `Σ w_k δ_k`
@@ -51,28 +51,24 @@ class Ties:
     fuse: Literal["mean", "sum"] = "mean"
     scaling: float = 1.0
     slack: Slack | None = None
-    statistic: Statistic = field(default="", init=False)
 
     def __post_init__(self) -> None:
         Magnitude(self.drop_rate, self.scope)
         if self.fuse not in FUSIONS:
             raise ValueError(one_of("fuse", self.fuse, FUSIONS))
-        check_scaling(self)
+        super().__post_init__()
 
     @property
     def label(self) -> str:
-        """What tables and figures call it."""
         where = "" if self.scope == "tensor" else f" by {self.scope}"
         fuse = "" if self.fuse == "mean" else ", sum"
         return f"TIES{where}{fuse}" + ("" if self.slack is None else f", {self.slack.label}")
 
     @property
     def trim(self) -> Pruner | None:
-        """What drops entries before the election."""
         return Magnitude(self.drop_rate, self.scope) if self.drop_rate else None
 
     def check(self, weights: tuple[float, ...]) -> None:
-        """Raise if the slack protects a delta that is not there."""
         if self.slack is not None:
             self.slack.check(len(weights))
 

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from numbers import Real
-from typing import Literal
 
 import torch
 from scipy.stats import rankdata
 
 from delta_analysis._kernels import map_blocks, row_length
 from delta_analysis.checkpoints import parse_name
-from delta_analysis.merging.methods import Parts, Statistic, check_scaling
+from delta_analysis.merging.methods import MergeMethod, Parts
 
 
 @dataclass(frozen=True)
-class Widen:
+class Widen(MergeMethod):
     """The sum of the deltas, each column times a score of how much its magnitude and its direction changed.
 
     With w and δ one column of the base and of delta k, `m = |‖w + δ‖ - ‖w‖|` and `d = 1 - cos(w + δ, w)`.
@@ -53,13 +52,11 @@ class Widen:
     scaling: float = 1.0
     threshold: float = 1.0
     calibration: float = 1.0
-    label: str = field(default="WIDEN", init=False)
-    trim: None = field(default=None, init=False)
-    statistic: Statistic = field(default="", init=False)
-    reads_base: Literal[True] = field(default=True, init=False)
+    label = "WIDEN"
+    reads_base = True
 
     def __post_init__(self) -> None:
-        check_scaling(self)
+        super().__post_init__()
         for name in ("threshold", "calibration"):
             value = getattr(self, name)
             if not isinstance(value, Real) or isinstance(value, bool) or math.isnan(value):
@@ -69,9 +66,6 @@ class Widen:
             raise ValueError(f"threshold must be at least 0, a multiple of the mean; not {self.threshold!r}")
         if math.isinf(self.calibration):
             raise ValueError(f"calibration must be finite, the score of large changes; not {self.calibration!r}")
-
-    def check(self, weights: tuple[float, ...]) -> None:
-        """Any weights will do."""
 
     def __call__(self, parts: Parts) -> torch.Tensor:
         base = parts.base

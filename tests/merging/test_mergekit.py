@@ -29,6 +29,7 @@ from delta_analysis.pruning.proportional import Proportional
 from delta_analysis.pruning.pruners import Dare, Magnitude, MagPrune, Pruner
 
 BASE = "zoo:tiny/base"
+PLACES = [str(zoo_model(f"zoo:tiny/{name}")) for name in ("base", "instruct", "math")]
 DELTAS = [load_delta(base=BASE, finetuned=f"zoo:tiny/{name}") for name in ("instruct", "math")]
 
 
@@ -90,8 +91,7 @@ def test_every_merge_that_mergekit_has(
     assert of_models(found, "weight") == [0.5, 2.0]
     assert [each["parameters"].get("density") for each in found["models"]] == [density] * 2
     assert [each["parameters"].get("gamma") for each in found["models"]] == [0.0 if name == "breadcrumbs" else None] * 2
-    assert found["base_model"] == "data/zoo/tiny/base"
-    assert [each["model"] for each in found["models"]] == ["data/zoo/tiny/instruct", "data/zoo/tiny/math"]
+    assert [found["base_model"], *(each["model"] for each in found["models"])] == PLACES
     assert found["dtype"] == "float32"
 
 
@@ -226,6 +226,13 @@ def test_numbers_stay_numbers_and_places_stay_text(tmp_path: Path) -> None:
     assert found["models"] == [{"model": str(odd), "parameters": {"weight": -1e-7, "density": 1e-6}}]
     assert found["parameters"]["lambda"] == 1e20
     assert found["base_model"] == "org/name@main"
+
+
+def test_a_folder_is_named_by_its_full_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(zoo_model("zoo:tiny/math"), tmp_path / "models" / "math")
+    monkeypatch.chdir(tmp_path / "models")
+    found = recipe(Average(), deltas=[load_delta(base=BASE, finetuned="math")], weights=(1.0,))
+    assert found["models"][0]["model"] == str(tmp_path / "models" / "math")
 
 
 def test_it_is_saved_beside_the_merge_and_with_no_edit_of_it(tmp_path: Path) -> None:

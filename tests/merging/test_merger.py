@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import delta_analysis as da
 from delta_analysis.checkpoints.checkpoint import open_checkpoint
 from delta_analysis.checkpoints.names import reading_order
+from delta_analysis.checkpoints.paths import zoo_model
 from delta_analysis.checkpoints.tensors import Stored
 from delta_analysis.deltas.delta import Delta, load_delta
 from delta_analysis.deltas.ranges import value_ranges
@@ -363,9 +365,13 @@ def test_merged_adapters_are_saved_and_loaded(tmp_path: Path) -> None:
     ],
 )
 def test_wrong_arguments_are_refused_before_anything_is_read(
-    deltas: list[Delta], reads: list[str], change: dict[str, Any], message: str
+    reads: list[str], tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
+    # Of a base in another place, whose weights would have to be compared.
+    base = shutil.copytree(zoo_model(BASE), tmp_path / "base")
+    deltas = [load_delta(base=base, finetuned=source) for source in SOURCES[:2]]
+    reads.clear()
     given = {"method": da.merging.Average(), **change}
     with pytest.raises(ValueError, match=message):
-        merge(BASE, deltas[:2], **given)
+        merge(BASE, deltas, **given)
     assert reads == []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -243,21 +242,6 @@ def test_of_a_larger_vocabulary_the_rows_that_both_have_are_known(tmp_path: Path
     assert common[HEAD].shape == cut[HEAD].shape == (VOCABULARY, 8)
     assert torch.equal(common[HEAD], every[HEAD][:VOCABULARY])
     assert torch.equal(common[EMBEDDING], every[EMBEDDING][:VOCABULARY])
-
-
-def test_sums_lie_on_disk_without_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    found = gather("fisher", tiny(), [BATCH])
-    assert not list(tmp_path.iterdir())
-    mapped = Path("/proc/self/maps").read_text()
-    assert f"{tmp_path}/" in mapped
-    name = next(iter(found))
-    before = found[name].clone()
-    # What is read is a copy.
-    found[name].zero_()
-    assert torch.equal(found[name], before)
-    del found
-    assert f"{tmp_path}/" not in Path("/proc/self/maps").read_text()
 
 
 def test_names_of_no_statistic_are_absent() -> None:
