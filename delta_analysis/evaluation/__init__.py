@@ -5,7 +5,6 @@ from delta_analysis.evaluation.drift import OutputDrift
 from delta_analysis.evaluation.exact_match import ExactMatch, Question, load_questions
 from delta_analysis.evaluation.harness import LmEval
 from delta_analysis.evaluation.hidden_states import HiddenSimilarity
-from delta_analysis.evaluation.layer_inputs import Isotropic, Matrix, Meeting, energy, meet, positions
 from delta_analysis.evaluation.models import (
     _write,
     check_device,
@@ -18,7 +17,6 @@ from delta_analysis.evaluation.models import (
 from delta_analysis.evaluation.perplexity import TextPerplexity
 from delta_analysis.evaluation.protocol import Evaluation, Outcomes
 from delta_analysis.evaluation.tokens import Batch, check_texts, token_batches
-from delta_analysis.evaluation.weight_error import WeightDamage
 
 __all__ = [
     "Batch",
@@ -26,28 +24,21 @@ __all__ = [
     "Evaluation",
     "ExactMatch",
     "HiddenSimilarity",
-    "Isotropic",
     "Labelled",
     "LmEval",
-    "Matrix",
-    "Meeting",
     "Outcomes",
     "OutputDrift",
     "Question",
     "TextPerplexity",
-    "WeightDamage",
     "_write",
     "check_device",
     "check_texts",
-    "energy",
     "finetuned_model",
     "load_labelled",
     "load_model",
     "load_questions",
     "load_tokenizer",
-    "meet",
     "parameters_of",
     "patched",
-    "positions",
     "token_batches",
 ]

@@ -16,7 +16,7 @@ from delta_analysis.plots.merging import (
     merge_curves,
     merge_dots,
 )
-from delta_analysis.plots.methods import damage_scatter, method_dots, winner_map
+from delta_analysis.plots.methods import drift_scatter, method_dots, winner_map
 from delta_analysis.plots.noise import (
     damage_by_noise,
     foretold_scatter,
@@ -45,8 +45,8 @@ __all__ = [
     "colours",
     "conflicts_by_layer",
     "damage_by_noise",
-    "damage_scatter",
     "discards_along_trail",
+    "drift_scatter",
     "drop_curves",
     "factor_curves",
     "foretold_scatter",

@@ -35,7 +35,7 @@ def method_dots(curve: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def damage_scatter(summary: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+def drift_scatter(summary: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Drift of the model's output against the error of the parameters, one labelled point a method.
 
     `summary` has one row a method: `method, parameter_error, drift, low, high`.

@@ -1,6 +1,6 @@
 """Noise in the layers, and the drop rate foretold."""
 
-from delta_analysis.prediction.layers import layer_noise
+from delta_analysis.prediction.layers import delta_noise, layer_noise
 from delta_analysis.prediction.predict import (
     PREDICTORS,
     ForetoldDropRate,
@@ -18,6 +18,7 @@ __all__ = [
     "ForetoldDropRate",
     "best_predictor",
     "calibration_file",
+    "delta_noise",
     "delta_predictors",
     "fit_line",
     "layer_noise",

@@ -17,34 +17,23 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from delta_analysis.checkpoints import Source, bare_name, parse_name
-from delta_analysis.deltas import Delta, load_delta
-from delta_analysis.evaluation import (
-    Batch,
-    Isotropic,
-    Matrix,
-    Meeting,
-    check_texts,
-    energy,
-    finetuned_model,
-    meet,
-    parameters_of,
-    positions,
-    token_batches,
-)
+from delta_analysis.deltas import COMPARED, Delta, editable_shapes, in_scope, load_delta
+from delta_analysis.evaluation import Batch, check_texts, finetuned_model, parameters_of, token_batches
+from delta_analysis.prediction.layer_inputs import Isotropic, LayerInputs, Matrix, energy, layer_inputs, positions
 from delta_analysis.pruning import Dare, Law, Lawful, Number, Prune, Pruner, bind
 
 MOST_TOKENS = 256
 
 
 class _Energies(NamedTuple):
-    """Sums of squares over the outputs and positions of a layer; `error` and `bound` one for each pruner."""
+    """Sums over the outputs and positions of a layer; `error` and `kept` have one for each pruner."""
 
     positions: int
     signal: float
     noise: float
     output: float
     error: np.ndarray
-    bound: np.ndarray
+    kept: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -102,10 +91,9 @@ def layer_noise(
     tensor and pruner, in the delta's order): `tensor`; `layer, module, kind`, of its name (`linear`,
     `embedding`, `norm`, `bias`; a tied embedding has a second row as the output head, kind `linear`);
     `positions`, how many inputs; `signal, noise, output`; `gain`, the alignment gain S/N; `noise_share`,
-    N/Y; `method, drop_rate`; `error`; `error_share`, of Y; `bound`: to each output and input belongs a
-    bound on its squared error that holds with probability 0.95 (DAREx, equation 8, with the bias of any
-    factor added), and this is their sum over outputs, meaned over inputs. Weights of modules that are no
-    linear layer, embedding, norm or bias, such as fused experts, or that are never called, are missing with inputs.
+    N/Y; `method, drop_rate`; `error`; `error_share`, of Y; `signal_kept`, the expected `E⟨D̂x, Dx⟩ / S` with
+    the pruned delta D̂: 1 for an unbiased pruner whatever its noise. Weights of modules that are no linear
+    layer, embedding, norm or bias, such as fused experts, or that are never called, are missing with inputs.
 
     Raises
     ------
@@ -114,8 +102,7 @@ def layer_noise(
     CheckpointError, NotHomologousError
         As `load_delta`; with inputs also a model that cannot be loaded.
 
-    Source: this package, from the variance of DARE's sum; bound: Deng et al., DAREx, arXiv 2410.09344,
-    appendix E.1, equation 8.
+    Source: this package, from the variance of DARE's sum.
 
     Examples
     --------
@@ -133,39 +120,47 @@ def delta_noise(
     inputs: Sequence[str] | None = None,
     *,
     pruners: Sequence[Pruner] = (Dare(0.5),),
+    scope: str = "all",
     seed: int = 0,
     most_tokens: int = MOST_TOKENS,
     device: str = "cpu",
     dtype: str = "float32",
 ) -> pd.DataFrame:
-    """The table of `layer_noise` for a delta, also one that was edited: its entries at the inputs of the fine-tune.
+    """The table of `layer_noise` for the tensors of a delta in a scope of an `Edit`.
 
-    The inputs, and the output energy that is compared with, are those of the fine-tune as it is.
+    The delta may be edited: inputs, and the output that noise is compared with, are those of the fine-tune as it is.
     """
     if not isinstance(pruners, Sequence) or not pruners or not all(callable(each) for each in pruners):
         raise ValueError(f"pruners must be a list of at least one, such as [Dare(0.9)]; not {pruners!r}")
     if isinstance(inputs, str):
         raise ValueError("inputs must be a list of texts, and this is a single one; give [text]")
-    ready = ReadyPruners(delta, tuple(pruners), seed)
+    part = delta if scope == "all" else within(delta, scope)
+    ready = ReadyPruners.of(part, pruners, seed)
     if inputs is None:
-        found = [(_Use(name, "", "", torch.nn.Module()), _without_inputs(delta, name, ready)) for name in delta]
+        found = [(_Use(name, "", "", torch.nn.Module()), _without_inputs(part, name, ready)) for name in part]
     else:
         check_texts(tuple(inputs), most_tokens)
         model, tokenizer = finetuned_model(replace(delta, edits=()), device, dtype)
         batches = token_batches(tuple(inputs), model, tokenizer, most_tokens=most_tokens)
-        found = _over_batches(delta, model, batches, ready)
-    return pd.DataFrame([row for use, energies in found for row in _rows(use, delta, energies, pruners)])
+        found = _over_batches(part, model, batches, ready)
+    return pd.DataFrame([row for use, energies in found for row in _rows(use, part, energies, pruners)])
+
+
+def within(delta: Delta, scope: str) -> Delta:
+    """The part of a delta that an edit of a scope reaches."""
+    chosen = set(in_scope(scope, {name: len(shape) for name, shape in editable_shapes(delta).items()}))
+    return replace(delta, matches=tuple(m for m in delta.matches if m.status == COMPARED and m.tensor in chosen))
 
 
 def _measured(
-    meeting: Meeting, pruners: ReadyPruners, name: str, tensor: torch.Tensor, output: float, count: int
+    inputs: LayerInputs, pruners: ReadyPruners, name: str, tensor: torch.Tensor, output: float, count: int
 ) -> _Energies:
     """All energies of a layer at some inputs."""
     if not math.isfinite(energy(tensor)) and (bad := int(torch.count_nonzero(~torch.isfinite(tensor)))):
         raise ValueError(f"tensor {name!r} of the delta has {bad} NaN or infinite entries of {tensor.numel()}")
-    noise = meeting.spread_sum(tensor)
-    error, bound = np.array(list(pruners.errors(meeting, name, tensor, noise))).T
-    return _Energies(count, energy(meeting.outputs(tensor)), noise, output, error, bound)
+    noise, signal = inputs.noise_base(tensor), inputs.responses(tensor)
+    error, kept = np.array(list(pruners.errors(inputs, name, tensor, noise, signal))).T
+    return _Energies(count, energy(signal), noise, output, error, kept)
 
 
 def _without_inputs(delta: Delta, name: str, pruners: ReadyPruners) -> _Energies:
@@ -227,11 +222,11 @@ def _add(
 ) -> None:
     """Add what a use makes of one call's inputs."""
     made = positions(output, batch)
-    meeting = meet(module, use.parameter, arguments, made, batch)
-    if isinstance(meeting, Matrix) and isinstance(module.bias, torch.Tensor):
+    inputs = layer_inputs(module, use.parameter, arguments, made, batch)
+    if isinstance(inputs, Matrix) and isinstance(module.bias, torch.Tensor):
         made = made - module.bias
     tensor = delta[use.tensor].to(made.device)
-    found = _measured(meeting, pruners, use.tensor, tensor, energy(made), len(made))
+    found = _measured(inputs, pruners, use.tensor, tensor, energy(made), len(made))
     before = totals.get(use)
     totals[use] = found if before is None else _Energies(*map(operator.add, before, found))
 
@@ -245,7 +240,7 @@ def _rows(use: _Use, delta: Delta, energies: _Energies, pruners: Sequence[Pruner
         layer, module, kind = parse_name(f"{use.path}.weight", 2)
     count = energies.positions
     signal, noise, output = (each / count for each in energies[1:4])
-    for pruner, error, bound in zip(pruners, energies.error, energies.bound, strict=True):
+    for pruner, error, kept in zip(pruners, energies.error, energies.kept, strict=True):
         yield {
             "tensor": use.tensor,
             "layer": layer,
@@ -261,70 +256,58 @@ def _rows(use: _Use, delta: Delta, energies: _Energies, pruners: Sequence[Pruner
             "drop_rate": float(pruner.drop_rate),
             "error": error / count,
             "error_share": error / count / output if output else math.nan,
-            "bound": bound / count,
+            "signal_kept": kept / count / signal if signal else math.nan,
         }
-
-
-GAMMA = 0.05
-"""The bound holds for an output with probability 1 - γ at least."""
 
 
 @dataclass(frozen=True)
 class ReadyPruners:
-    """Pruners made ready for a delta."""
+    """Pruners, and how each acts on the tensors of one delta."""
 
-    delta: Delta
     pruners: tuple[Pruner, ...]
+    ready: tuple[Prune, ...]
     seed: int
-    ready: tuple[Prune, ...] = field(init=False, repr=False)
 
-    def __post_init__(self) -> None:
-        for pruner in self.pruners:
+    @classmethod
+    def of(cls, delta: Delta, pruners: Sequence[Pruner], seed: int) -> ReadyPruners:
+        for pruner in pruners:
             if pruner.random and not isinstance(pruner, Lawful):
                 raise ValueError(
                     f"pruners: {pruner} is random and has no method law(tensor, name=…), so no closed form"
                 )
-        object.__setattr__(self, "ready", tuple(bind(each, self.delta, self.seed) for each in self.pruners))
+        return cls(tuple(pruners), tuple(bind(each, delta, seed) for each in pruners), seed)
 
-    def errors(self, meeting: Meeting, name: str, tensor: torch.Tensor, noise: float) -> Iterator[tuple[float, float]]:
-        """Error and bound of each pruner, on the delta's tensor at the inputs of the meeting."""
+    def errors(
+        self, inputs: LayerInputs, name: str, tensor: torch.Tensor, noise: float, signal: torch.Tensor
+    ) -> Iterator[tuple[float, float]]:
+        """Of each pruner the expected squared error of the responses, and their product with the signal."""
         for pruner, prune in zip(self.pruners, self.ready, strict=True):
             if pruner.random and isinstance(prune, Lawful):
-                yield expected_error(meeting, tensor, prune.law(tensor, name=name), noise)
+                yield expected_error(inputs, tensor, prune.law(tensor, name=name), noise, signal)
             else:
-                dropped = energy(meeting.outputs(prune(tensor, name=name, seed=self.seed) - tensor))
-                yield dropped, dropped
+                shift = inputs.responses(prune(tensor, name=name, seed=self.seed) - tensor)
+                yield energy(shift), _product(signal + shift, signal)
 
 
-def expected_error(meeting: Meeting, delta: torch.Tensor, law: Law, noise: float) -> tuple[float, float]:
-    """The expected squared error of a law at some inputs, and its bound, summed over positions and outputs.
+def expected_error(
+    inputs: LayerInputs, delta: torch.Tensor, law: Law, noise: float, signal: torch.Tensor
+) -> tuple[float, float]:
+    """Under a law `‖B x‖² + Σ v_ij D_ij² x_j²` and `⟨(D + B) x, D x⟩`, summed over positions.
 
-    `noise` is the noise base `Σ D_ij² x_j²`. The error is `‖B x‖² + Σ v_ij D_ij² x_j²`, with B the delta times
-    the law's bias and v its variance. The bound of an output is `|B x| + √(ln(2/γ) Σ_j t_ij D_ij² x_j²)` with t
-    the law's tail: DAREx (arXiv 2410.09344), appendix E.1, equation 8, for any law.
+    B is the delta D times the law's bias, v the law's variance, `noise` is `Σ D_ij² x_j²`, `signal` D x.
     """
-    logarithm = math.log(2 / GAMMA)
-    random = _random(meeting, delta, law.variance, noise)
-    if not _any(law.bias):
-        return random, logarithm * _random(meeting, delta, law.tail, noise)
-    shift = meeting.outputs(_scaled(delta, law.bias))
-    bound = shift.abs() + (logarithm * meeting.spread(_scaled(delta, _root(law.tail)))).sqrt()
-    return energy(shift) + random, energy(bound)
+    variance = law.variance
+    random = variance * noise if isinstance(variance, float) else inputs.noise_base(_scaled(delta, variance**0.5))
+    # A mean that is off by rounding alone takes no further product.
+    if not (torch.as_tensor(law.bias).abs() > 1e-12).any():
+        return random, energy(signal)
+    shift = inputs.responses(_scaled(delta, law.bias))
+    return energy(shift) + random, _product(signal + shift, signal)
 
 
-def _random(meeting: Meeting, delta: torch.Tensor, variance: Number, noise: float) -> float:
-    """The noise base of a delta each of whose entries has a variance; with a variance of 1 for all it is `noise`."""
-    return variance * noise if isinstance(variance, float) else meeting.spread_sum(_scaled(delta, _root(variance)))
+def _product(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float(torch.linalg.vecdot(one, other).sum(dtype=torch.float64))
 
 
 def _scaled(delta: torch.Tensor, by: Number) -> torch.Tensor:
     return delta * (by if isinstance(by, float) else by.to(delta))
-
-
-def _root(variance: Number) -> Number:
-    return variance**0.5
-
-
-def _any(bias: Number) -> bool:
-    """Whether a mean is off by more than rounding."""
-    return bool((torch.as_tensor(bias).abs() > 1e-12).any())

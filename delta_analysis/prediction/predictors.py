@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 
-from delta_analysis.deltas import COMPARED, Delta, editable_shapes, in_scope, value_ranges
-from delta_analysis.prediction.layers import delta_noise
+from delta_analysis.deltas import Delta, value_ranges
+from delta_analysis.prediction.layers import delta_noise, within
 
 SUMMARIES = ("largest", "rss", "sum", "mean", "median")
 """How the noise shares of layers are brought into one number; rss is the root of the sum of squares."""
@@ -21,19 +20,6 @@ VALUES = ("abs_p50", "abs_p99", "abs_max", "rms", "relative_rms", "share_above_0
 """Of the values alone: the papers' rule of thumb speaks of median, maximum and the share below 0.002."""
 LEAST_SHARE = 1e-7
 """A share of zero has no logarithm; this stands for it."""
-
-
-def within(delta: Delta, scope: str) -> Delta:
-    """The part of a delta that an edit of a scope reaches.
-
-    Examples
-    --------
-    >>> from delta_analysis import load_delta
-    >>> list(within(load_delta(base="zoo:tiny/base", finetuned="zoo:tiny/math"), "embeddings"))
-    ['model.embed_tokens.weight']
-    """
-    chosen = set(in_scope(scope, {name: len(shape) for name, shape in editable_shapes(delta).items()}))
-    return replace(delta, matches=tuple(m for m in delta.matches if m.status == COMPARED and m.tensor in chosen))
 
 
 def noise_predictors(noise: pd.DataFrame, tensors: Collection[str], *, prefix: str = "noise") -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""What pruning does to the parameters, to the output of each layer, and to the output of the model."""
+"""Reconstruction error: of a pruned delta's entries, of what its layers make of them, of what the model says."""
 
 from __future__ import annotations
 
@@ -7,28 +7,18 @@ from concurrent.futures import Executor
 from pathlib import Path
 from typing import TextIO
 
-import numpy as np
 import pandas as pd
 
-from delta_analysis.evaluation import OutputDrift, WeightDamage
+from delta_analysis.deltas import Delta, load_delta
+from delta_analysis.evaluation import OutputDrift
+from delta_analysis.prediction import delta_noise
 from delta_analysis.pruning import Pruner
-from delta_analysis.sweeps import (
-    RESAMPLES,
-    Edit,
-    Evaluations,
-    Interval,
-    Pair,
-    evaluations_of,
-    percentile_interval,
-    resampled_means,
-    sweep,
-    two_way_resamples,
-)
+from delta_analysis.sweeps import Edit, Evaluations, Pair, drop_curve, evaluations_of, sweep
 
 N_TEXTS = 24
 
 
-def pruning_damage(
+def reconstruction_errors(
     pairs: Sequence[Pair],
     edits: Sequence[Edit | Pruner],
     evaluations: Evaluations,
@@ -39,87 +29,60 @@ def pruning_damage(
     device: str = "cpu",
     progress: TextIO | None = None,
 ) -> pd.DataFrame:
-    """Errors of a pruned delta in three places, from the entries to what the model says.
+    """Errors of a pruned delta in three places: its entries, the output of its layers, the output of the model.
 
-    A sweep of `WeightDamage` and `OutputDrift` over the texts of the pairs' evaluations, the first
-    24 of each, brought into one row a mask.
+    The first two are expectations over masks, in the closed forms of `layer_noise`; the third is measured.
+    All are of the first 24 texts of a pair's evaluation, and of the tensors in an edit's scope.
 
     Parameters
     ----------
-    pairs, edits, seeds, out_dir, executor, device, progress : as in `sweep`.
+    pairs, edits, seeds, out_dir, executor, device, progress : as in `sweep`; edits of one method, drop rate
+        and scope must not differ in anything else.
     evaluations : as in `sweep`; the first of each pair brings the texts.
 
     Returns
     -------
-    DataFrame, one row a pair, edit and seed: `pair, method, drop_rate, scope, seed`; `parameter_error`
-    over all entries; `layer_error` and `signal_kept`, medians over the linear layers; `drift`, the
-    divergence KL(untouched ‖ pruned) of the model's predictions in nats a token; `drifts`, one for
-    each text.
+    DataFrame, one row a pair and edit: `pair, method, drop_rate, scope`; with D the delta, D̂ the pruned one
+    and x a layer's input in the fine-tune, `parameter_error`, `Σ(D̂-D)² / ΣD²`; `layer_error`, the median over
+    linear layers of `E‖D̂x-Dx‖² / E‖Dx‖²`, and `signal_kept`, that of `E⟨D̂x, Dx⟩ / E‖Dx‖²`; `drift`, the
+    divergence KL(fine-tune ‖ pruned) of the model's predictions in nats a token, with its 95% interval
+    `low, high` over masks and texts.
+
+    Raises
+    ------
+    ValueError
+        As `layer_noise` and `sweep`.
     """
-    judged = {}
-    for pair in pairs:
-        texts = evaluations_of(pair, evaluations)[0].texts[:N_TEXTS]
-        judged[pair.name] = (WeightDamage(pair.base, texts), OutputDrift(texts))
-    cells = sweep(pairs, edits, judged, seeds, out_dir, executor, device=device, progress=progress)
-    keys = ["pair", "method", "drop_rate", "scope", "seed"]
-    errors = cells[cells["metric"].isin(["parameter_error", "layer_error", "signal_kept"])]
-    table = errors.pivot_table(index=keys, columns="metric", values="value", sort=False)
-    drifts = cells[cells["metric"] == "kl"].set_index(keys)
-    return table.assign(drift=drifts["value"], drifts=drifts["outcomes"]).reset_index().rename_axis(columns=None)
-
-
-def damage_summary(damage: pd.DataFrame) -> pd.DataFrame:
-    """The rows of `pruning_damage` averaged over seeds.
-
-    Returns
-    -------
-    DataFrame, one row a `pair, method, drop_rate, scope`; `seeds`, how many; the means of
-    `parameter_error, layer_error, signal_kept`; `drift` with a 95% interval `low, high` over seeds
-    and texts.
-    """
-    keys = ["pair", "method", "drop_rate", "scope"]
+    asked = [edit if isinstance(edit, Edit) else Edit(edit) for edit in edits]
+    texts = {pair.name: evaluations_of(pair, evaluations)[0].texts[:N_TEXTS] for pair in pairs}
+    judged = {name: [OutputDrift(own)] for name, own in texts.items()}
+    cells = sweep(pairs, asked, judged, seeds, out_dir, executor, device=device, progress=progress)
+    drifts = drop_curve(cells[cells["metric"] == "kl"]).rename(columns={"value": "drift"})
     rows = []
-    for labels, group in damage.groupby(keys, sort=False):
-        means = {column: group[column].mean() for column in ("parameter_error", "layer_error", "signal_kept")}
-        drifts = _drifts(group)
-        samples = resampled_means(drifts, two_way_resamples(*drifts.shape))
-        drift = percentile_interval(drifts.mean(), samples)
-        row = {**dict(zip(keys, labels, strict=True)), "seeds": len(group), **means}
-        rows.append({**row, "drift": drift.value, "low": drift.low, "high": drift.high})
-    return pd.DataFrame(rows)
+    for pair in pairs:
+        delta = load_delta(base=pair.base, finetuned=pair.finetuned)
+        rows += [{"pair": pair.name, **row} for row in _expected(delta, asked, texts[pair.name], device)]
+    keys = ["pair", "method", "drop_rate", "scope"]
+    return pd.DataFrame(rows).merge(drifts[[*keys, "drift", "low", "high"]], on=keys, validate="one_to_one")
 
 
-def rank_agreement(damage: pd.DataFrame, column: str) -> Interval:
-    """Spearman's correlation over methods between a column and the drift, for one pair, drop rate and scope.
-
-    `column` is one of `pruning_damage`, or `signal_lost`, |1 - mean signal kept|; its 95% interval
-    resamples seeds, on both sides alike, and texts. A method has all seeds or a single one.
-    """
-    groups = [group.sort_values("seed") for _, group in damage.groupby("method", sort=False)]
-    drifts = [_drifts(group) for group in groups]
-    source = "signal_kept" if column == "signal_lost" else column
-    values = [group[source].to_numpy(dtype=np.float64) for group in groups]
-    resamples = two_way_resamples(max(map(len, drifts)), drifts[0].shape[1])
-
-    def ranks(means: list[np.ndarray]) -> np.ndarray:
-        """Ranks of the methods in each sample, (samples, methods)."""
-        return pd.DataFrame(np.stack(means, axis=1)).rank(axis=1).to_numpy()
-
-    def of_column(means: list[np.ndarray]) -> np.ndarray:
-        return ranks([np.abs(1 - each) for each in means] if column == "signal_lost" else means)
-
-    sampled = of_column(
-        [resampled_means(each[:, None], resamples._replace(items=np.ones((RESAMPLES, 1)), block=1)) for each in values]
-    )
-    drifted = ranks([resampled_means(each, resamples) for each in drifts])
-    observed = np.corrcoef(
-        of_column([each.mean(keepdims=True) for each in values])[0],
-        ranks([each.mean(keepdims=True).ravel() for each in drifts])[0],
-    )
-    samples = [np.corrcoef(one, two)[0, 1] for one, two in zip(sampled, drifted, strict=True)]
-    return percentile_interval(observed[0, 1], np.array(samples))
-
-
-def _drifts(rows: pd.DataFrame) -> np.ndarray:
-    """Drifts of one method, (seeds, texts)."""
-    return np.array(rows.sort_values("seed")["drifts"].tolist(), dtype=np.float64)
+def _expected(delta: Delta, edits: Sequence[Edit], texts: Sequence[str], device: str) -> list[dict[str, object]]:
+    """Of each edit the errors that are known in closed form."""
+    found: dict[int, dict[str, object]] = {}
+    for scope in dict.fromkeys(edit.scope for edit in edits):
+        here = [i for i, edit in enumerate(edits) if edit.scope == scope]
+        pruners = [edits[i].pruner for i in here]
+        entries = delta_noise(delta, pruners=pruners, scope=scope)
+        layers = delta_noise(delta, texts, pruners=pruners, scope=scope, device=device)
+        for place, i in enumerate(here):
+            own, of_layers = (table.iloc[place :: len(here)] for table in (entries, layers))
+            linear = of_layers[of_layers["kind"] == "linear"]
+            found[i] = {
+                "method": edits[i].pruner.method,
+                "drop_rate": float(edits[i].pruner.drop_rate),
+                "scope": scope,
+                "parameter_error": own["error"].sum() / own["noise"].sum(),
+                "layer_error": (linear["error"] / linear["signal"]).median(),
+                "signal_kept": linear["signal_kept"].median(),
+            }
+    return [found[i] for i in range(len(edits))]

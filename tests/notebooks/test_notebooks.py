@@ -216,7 +216,7 @@ def test_rescaling_of_another_pair(results: pd.DataFrame) -> None:
 @running("04_pruning_methods", **PAIR, drop_rates="0.9", n_seeds=2, evaluation="text.txt")
 def test_pruning_methods_of_another_pair_by_perplexity(results: pd.DataFrame) -> None:
     assert set(results["pair"]) == {"base → math"}
-    assert set(results["table"]) == {"cells", "windows", "damage"}
+    assert set(results["table"]) == {"cells", "windows", "errors"}
     assert {"DARE", "drop only", "MP", "MP + rescale", "MAGPRUNE", "MAGPRUNE by value"} <= set(results["method"])
     assert set(results["metric"].dropna()) == {"perplexity"}
 

@@ -28,7 +28,7 @@ def test_damage_is_drawn_with_a_label_for_each_method() -> None:
             "high": [0.02, 0.04],
         }
     )
-    ax = plots.damage_scatter(summary)
+    ax = plots.drift_scatter(summary)
     dots = {
         line.get_color(): (line.get_xdata()[0], line.get_ydata()[0])
         for line in ax.get_lines()

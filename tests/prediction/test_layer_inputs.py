@@ -13,8 +13,8 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm, Gemma3Text
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.pytorch_utils import Conv1D
 
-from delta_analysis.evaluation.layer_inputs import Isotropic, Matrix, Meeting, meet, positions
 from delta_analysis.evaluation.tokens import Batch
+from delta_analysis.prediction.layer_inputs import Isotropic, LayerInputs, Matrix, layer_inputs, positions
 
 LENGTHS = [2, 5, 3]
 MASK = torch.tensor([[1] * length + [0] * (5 - length) for length in LENGTHS])
@@ -55,16 +55,16 @@ SLACK = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 @pytest.mark.parametrize("dtype", SLACK, ids=str)
 @pytest.mark.parametrize("kind", MODULES)
-def test_outputs_are_the_difference_that_entries_make(kind: str, dtype: torch.dtype) -> None:
+def test_responses_are_the_difference_that_entries_make(kind: str, dtype: torch.dtype) -> None:
     make, parameter, arguments = MODULES[kind]
     module = randomised(make()).to(dtype)
     weight = module.get_parameter(parameter)
     stored = tuple(each.to(dtype) if each.is_floating_point() else each for each in arguments)
     before = {name: value.clone() for name, value in module.state_dict().items()}
     made = positions(module(*stored), BATCH)
-    meeting = meet(module, parameter, stored, made, BATCH)
+    found = layer_inputs(module, parameter, stored, made, BATCH)
     entries = normal(*weight.shape, seed=9)
-    outputs, spread, total = meeting.outputs(entries), meeting.spread(entries), meeting.spread_sum(entries)
+    responses, noise = found.responses(entries), found.noise_base(entries)
 
     # The module is as before.
     assert module.get_parameter(parameter) is weight
@@ -76,15 +76,14 @@ def test_outputs_are_the_difference_that_entries_make(kind: str, dtype: torch.dt
         start = exact(*inputs)
         exact.get_parameter(parameter).add_(entries)
         change = positions_of_tokens((exact(*inputs) - start).double())
-    assert outputs.dtype == spread.dtype == torch.float32
-    assert len(outputs) == len(made) == len(change)
-    torch.testing.assert_close(outputs.double(), change, atol=SLACK[dtype], rtol=SLACK[dtype])
-    assert total == pytest.approx(float(spread.double().sum()), rel=1e-5)
+    assert responses.dtype == torch.float32
+    assert len(responses) == len(made) == len(change)
+    torch.testing.assert_close(responses.double(), change, atol=SLACK[dtype], rtol=SLACK[dtype])
     if kind not in ("linear", "linear without bias", "linear, texts in a row", "conv1d"):
-        torch.testing.assert_close(spread, outputs.square())
+        alone = responses.double().square()
     else:
         alone = (inputs[0].reshape(-1, WIDE)[MASK.flatten().bool()][:, None] * _by_output(entries, kind)).square()
-        torch.testing.assert_close(spread.double(), alone.sum(-1), rtol=1e-5, atol=1e-5)
+    assert noise == pytest.approx(float(alone.sum()), rel=1e-5)
 
 
 def _by_output(entries: torch.Tensor, kind: str) -> torch.Tensor:
@@ -103,16 +102,16 @@ def positions_of_tokens(values: torch.Tensor) -> torch.Tensor:
 def test_entries_may_be_the_first_rows_only(kind: str) -> None:
     make, parameter, arguments = MODULES[kind]
     module = randomised(make())
-    meeting = meet(module, parameter, arguments, positions(module(*arguments), BATCH), BATCH)
+    found = layer_inputs(module, parameter, arguments, positions(module(*arguments), BATCH), BATCH)
     entries = normal(*module.get_parameter(parameter).shape)[:4]
     padded = torch.zeros_like(module.get_parameter(parameter).detach())
     padded[:4] = entries
-    whole = meeting.outputs(padded)
+    whole = found.responses(padded)
     if "linear" in kind:
         assert not whole[:, 4:].any()
         whole = whole[:, :4]
-    torch.testing.assert_close(meeting.outputs(entries), whole)
-    assert meeting.spread_sum(entries) == pytest.approx(meeting.spread_sum(padded), rel=1e-6)
+    torch.testing.assert_close(found.responses(entries), whole)
+    assert found.noise_base(entries) == pytest.approx(found.noise_base(padded), rel=1e-6)
 
 
 def test_a_norm_of_two_inputs_is_called_with_both() -> None:
@@ -126,34 +125,33 @@ def test_a_norm_of_two_inputs_is_called_with_both() -> None:
 
     gate = normal(3, 5, WIDE, seed=1)
     for arguments, factors in (((*HIDDEN, gate), HIDDEN[0] * gate), ((*HIDDEN, None), HIDDEN[0])):
-        meeting = meet(Gated(), "weight", arguments, positions(HIDDEN[0], BATCH), BATCH)
-        torch.testing.assert_close(meeting.outputs(torch.ones(WIDE)), positions_of_tokens(factors))
+        found = layer_inputs(Gated(), "weight", arguments, positions(HIDDEN[0], BATCH), BATCH)
+        torch.testing.assert_close(found.responses(torch.ones(WIDE)), positions_of_tokens(factors))
 
 
 @settings(deadline=None)
 @given(st.integers(0, 10**6), st.floats(-100, 100))
-def test_outputs_are_linear_and_the_spread_is_quadratic(seed: int, k: float) -> None:
+def test_responses_are_linear_and_the_noise_is_quadratic(seed: int, k: float) -> None:
     x, one, other = normal(8, WIDE, seed=seed), normal(5, WIDE, seed=seed + 1), normal(5, WIDE, seed=seed + 2)
-    meetings: list[Meeting] = [Matrix(x), Isotropic()]
-    for meeting in meetings:
-        together = meeting.outputs(one) + k * meeting.outputs(other)
-        torch.testing.assert_close(meeting.outputs(one + k * other), together, rtol=1e-4, atol=1e-3)
-        assert meeting.spread_sum(k * one) == pytest.approx(k**2 * meeting.spread_sum(one), rel=1e-5, abs=1e-30)
+    inputs: list[LayerInputs] = [Matrix(x), Isotropic()]
+    for found in inputs:
+        together = found.responses(one) + k * found.responses(other)
+        torch.testing.assert_close(found.responses(one + k * other), together, rtol=1e-4, atol=1e-3)
+        assert found.noise_base(k * one) == pytest.approx(k**2 * found.noise_base(one), rel=1e-5, abs=1e-30)
     # A matrix the other way round is the same matrix.
     turned = Matrix(x, transposed=True)
-    torch.testing.assert_close(turned.outputs(one.T), Matrix(x).outputs(one))
-    torch.testing.assert_close(turned.spread(one.T), Matrix(x).spread(one))
-    assert turned.spread_sum(one.T) == pytest.approx(Matrix(x).spread_sum(one))
+    torch.testing.assert_close(turned.responses(one.T), Matrix(x).responses(one))
+    assert turned.noise_base(one.T) == pytest.approx(Matrix(x).noise_base(one))
 
 
 def test_one_input_of_energy_one_at_a_time_is_isotropic() -> None:
     # The second moment of √n times the unit vectors is the identity.
     entries = normal(5, WIDE)
     matrix = Matrix(WIDE**0.5 * torch.eye(WIDE))
-    assert matrix.spread_sum(entries) / WIDE == pytest.approx(Isotropic().spread_sum(entries))
-    assert Isotropic().spread_sum(entries) == pytest.approx(float(entries.norm()) ** 2)
-    energy = float(matrix.outputs(entries).square().sum()) / WIDE
-    assert energy == pytest.approx(float(Isotropic().outputs(entries).square().sum()))
+    assert matrix.noise_base(entries) / WIDE == pytest.approx(Isotropic().noise_base(entries))
+    assert Isotropic().noise_base(entries) == pytest.approx(float(entries.norm()) ** 2)
+    energy = float(matrix.responses(entries).square().sum()) / WIDE
+    assert energy == pytest.approx(float(Isotropic().responses(entries).square().sum()))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A weight and the inputs that it meets: the outputs that entries of its shape make there, and their energies."""
+"""The inputs of a layer, and how entries in the place of its weight respond to them."""
 
 from __future__ import annotations
 
@@ -9,39 +9,32 @@ from typing import Any, Protocol
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from delta_analysis.evaluation.tokens import Batch
+from delta_analysis.evaluation import Batch
 
 
-class Meeting(Protocol):
-    """A weight at some inputs x; `entries` T are a tensor of its shape, or of its first rows."""
+class LayerInputs(Protocol):
+    """Inputs x of a weight; `entries` T are a tensor of its shape, or of its first rows."""
 
-    def outputs(self, entries: torch.Tensor) -> torch.Tensor:
-        """What the entries make of each input, `T x`: (positions, outputs)."""
+    def responses(self, entries: torch.Tensor) -> torch.Tensor:
+        """`T x` of each input: (positions, outputs)."""
         ...
 
-    def spread(self, entries: torch.Tensor) -> torch.Tensor:
-        """The squares of what each entry makes, summed for each output, `Σ_j T_ij² x_j²`: (positions, outputs)."""
-        ...
-
-    def spread_sum(self, entries: torch.Tensor) -> float:
-        """The sum of `spread` over positions and outputs."""
+    def noise_base(self, entries: torch.Tensor) -> float:
+        """`Σ_ij T_ij² x_j²`, summed over positions."""
         ...
 
 
 @dataclass(frozen=True, eq=False)
 class Matrix:
-    """A matrix (outputs, inputs), or the other way round if transposed, and its inputs (positions, inputs)."""
+    """Of a matrix (outputs, inputs), or the other way round if transposed: inputs (positions, inputs)."""
 
     x: torch.Tensor
     transposed: bool = False
 
-    def outputs(self, entries: torch.Tensor) -> torch.Tensor:
+    def responses(self, entries: torch.Tensor) -> torch.Tensor:
         return self.x @ (entries if self.transposed else entries.T)
 
-    def spread(self, entries: torch.Tensor) -> torch.Tensor:
-        return Matrix(self.x.square(), self.transposed).outputs(entries.square())
-
-    def spread_sum(self, entries: torch.Tensor) -> float:
+    def noise_base(self, entries: torch.Tensor) -> float:
         # Second moments of the inputs are enough, and take no product of matrices.
         moments = self.x.square().sum(dim=0)
         squares = entries.square()
@@ -50,58 +43,49 @@ class Matrix:
 
 @dataclass(frozen=True, eq=False)
 class Elementwise:
-    """The weight of a norm, or a bias: each entry feeds an output of its own, and its inputs (positions, outputs)."""
+    """Of a norm's weight, or a bias, each entry of which feeds an output of its own: inputs (positions, outputs)."""
 
     x: torch.Tensor
 
-    def outputs(self, entries: torch.Tensor) -> torch.Tensor:
+    def responses(self, entries: torch.Tensor) -> torch.Tensor:
         return self.x[:, : len(entries)] * entries
 
-    def spread(self, entries: torch.Tensor) -> torch.Tensor:
-        return self.outputs(entries).square()
-
-    def spread_sum(self, entries: torch.Tensor) -> float:
-        return energy(self.outputs(entries))
+    def noise_base(self, entries: torch.Tensor) -> float:
+        return energy(self.responses(entries))
 
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """An embedding, of which every input takes a row, and a call of it."""
+    """Of an embedding, of which every input takes a row: a call of it."""
 
     module: torch.nn.Module
     arguments: tuple[Any, ...]
     batch: Batch
 
-    def outputs(self, entries: torch.Tensor) -> torch.Tensor:
+    def responses(self, entries: torch.Tensor) -> torch.Tensor:
         rows = len(self.module.get_parameter("weight"))
         whole = entries if len(entries) == rows else torch.nn.functional.pad(entries, (0, 0, 0, rows - len(entries)))
         return positions(_twin(self.module, weight=whole).forward(*self.arguments), self.batch)
 
-    def spread(self, entries: torch.Tensor) -> torch.Tensor:
-        return self.outputs(entries).square()
-
-    def spread_sum(self, entries: torch.Tensor) -> float:
-        return energy(self.outputs(entries))
+    def noise_base(self, entries: torch.Tensor) -> float:
+        return energy(self.responses(entries))
 
 
 @dataclass(frozen=True, eq=False)
 class Isotropic:
-    """A weight of whose inputs nothing is known: they are taken as independent, each of mean square 1."""
+    """Of a weight of whose inputs nothing is known: they are taken as independent, each of mean square 1."""
 
-    def outputs(self, entries: torch.Tensor) -> torch.Tensor:
+    def responses(self, entries: torch.Tensor) -> torch.Tensor:
         return entries
 
-    def spread(self, entries: torch.Tensor) -> torch.Tensor:
-        return entries.square()
-
-    def spread_sum(self, entries: torch.Tensor) -> float:
+    def noise_base(self, entries: torch.Tensor) -> float:
         return energy(entries)
 
 
-def meet(
+def layer_inputs(
     module: torch.nn.Module, parameter: str, arguments: tuple[Any, ...], made: torch.Tensor, batch: Batch
-) -> Meeting:
-    """A parameter of a linear layer, embedding or norm and the inputs of a call that made the rows `made`."""
+) -> LayerInputs:
+    """What a parameter of a linear layer, embedding or norm is applied to in the call that made the rows `made`."""
     if parameter == "bias":
         return Elementwise(torch.ones_like(made))
     if isinstance(module, torch.nn.Linear | Conv1D):
