@@ -1,28 +1,25 @@
 """Noise in the layers, and the drop rate foretold."""
 
-from delta_analysis.prediction.layers import delta_noise, layer_noise
+from delta_analysis.prediction.layers import delta_noise, layer_noise, within
 from delta_analysis.prediction.predict import (
-    PREDICTORS,
     ForetoldDropRate,
-    best_predictor,
     calibration_file,
+    calibration_table,
     fit_line,
+    foretell,
     left_out,
-    root_mean_square,
     tolerated_drop_rate,
 )
-from delta_analysis.prediction.predictors import delta_predictors
 
 __all__ = [
-    "PREDICTORS",
     "ForetoldDropRate",
-    "best_predictor",
     "calibration_file",
+    "calibration_table",
     "delta_noise",
-    "delta_predictors",
     "fit_line",
+    "foretell",
     "layer_noise",
     "left_out",
-    "root_mean_square",
     "tolerated_drop_rate",
+    "within",
 ]

@@ -120,13 +120,13 @@ def delta_noise(
     inputs: Sequence[str] | None = None,
     *,
     pruners: Sequence[Pruner] = (Dare(0.5),),
-    scope: str = "all",
+    scope: str | None = None,
     seed: int = 0,
     most_tokens: int = MOST_TOKENS,
     device: str = "cpu",
     dtype: str = "float32",
 ) -> pd.DataFrame:
-    """The table of `layer_noise` for the tensors of a delta in a scope of an `Edit`.
+    """The table of `layer_noise` for a delta, or for those of its tensors that an edit of a scope reaches.
 
     The delta may be edited: inputs, and the output that noise is compared with, are those of the fine-tune as it is.
     """
@@ -134,7 +134,7 @@ def delta_noise(
         raise ValueError(f"pruners must be a list of at least one, such as [Dare(0.9)]; not {pruners!r}")
     if isinstance(inputs, str):
         raise ValueError("inputs must be a list of texts, and this is a single one; give [text]")
-    part = delta if scope == "all" else within(delta, scope)
+    part = delta if scope is None else within(delta, scope)
     ready = ReadyPruners.of(part, pruners, seed)
     if inputs is None:
         found = [(_Use(name, "", "", torch.nn.Module()), _without_inputs(part, name, ready)) for name in part]

@@ -1,9 +1,8 @@
 """Foretell the tolerated drop rate: from the noise in the layers, or from the value ranges alone.
 
-What foretells is fitted on the embedded family, whose tolerated drop rates were measured (see
-`calibration`). Dropping makes noise of energy `p/(1-p) · N` in a layer; if a model breaks when this
-passes some share τ of the output Y, then `log(p/(1-p)) = log τ - log(N/Y)`: a line of slope -1. Every
-predictor is given a line of its own, on the logarithm of the predictor.
+The line is fitted on the embedded family, whose tolerated drop rates were measured (`reports.calibration`).
+Dropping makes noise of energy `p/(1-p) · N` in a layer; if a model breaks when this passes some share τ of
+the output Y, then `log(p/(1-p)) = log τ - log(N/Y)`: a line of slope -1 in the logarithm of the predictor.
 """
 
 from __future__ import annotations
@@ -20,10 +19,11 @@ import pandas as pd
 
 from delta_analysis.checkpoints import find_root
 from delta_analysis.deltas import Delta
-from delta_analysis.prediction.predictors import NOISE, NORMS, VALUES, delta_predictors
+from delta_analysis.prediction.layers import delta_noise
 from delta_analysis.sweeps import CONFIDENCE, END, HIGHEST, LOWEST, inverse_logit, logit
 
-PREDICTORS = (*NOISE, *NORMS, *VALUES)
+WITH_INPUTS, WITHOUT_INPUTS = "noise_rss", "norms_rss"
+"""Root of the sum of squares over layers of N/Y, and of ‖D‖²/‖W‖²: of all tried in report 05, those that err least."""
 LOGITS = logit(LOWEST), logit(HIGHEST)
 TENFOLD = 10.0
 
@@ -62,11 +62,6 @@ def fit_line(table: pd.DataFrame, predictor: str) -> Line:
     """Least squares over the rows whose tolerance is not at an end of the search, where it is only a bound.
 
     Rows whose predictor is 0 or missing are left out too.
-
-    Examples
-    --------
-    >>> bool(-1.1 < fit_line(calibration_table(), "noise_rss").slope < -0.8)
-    True
     """
     usable = table[table[predictor].gt(0)]
     return _fitted(*_points(usable, predictor))
@@ -88,12 +83,6 @@ def left_out(table: pd.DataFrame, predictor: str, *, by: Sequence[str] = ("base"
     """The log(p/(1-p)) of each row foretold by the line through all rows of other pairs (by `by`).
 
     Missing where the predictor is 0 or missing.
-
-    Examples
-    --------
-    >>> table = calibration_table()
-    >>> left_out(table, "noise_rss").between(*LOGITS).all().item()
-    True
     """
     usable = table[table[predictor].gt(0)]
     x, y, inner = _points(usable, predictor)
@@ -103,23 +92,6 @@ def left_out(table: pd.DataFrame, predictor: str, *, by: Sequence[str] = ("base"
         own = groups == group
         foretold[own] = _fitted(x, y, inner & ~own).at(np.exp(x[own]))
     return pd.Series(foretold, usable.index).reindex(table.index)
-
-
-def best_predictor(table: pd.DataFrame, predictors: Sequence[str]) -> str:
-    """The one of least error, each pair foretold by all others; rows that any lacks are left out for all.
-
-    Examples
-    --------
-    >>> best_predictor(calibration_table(), ["abs_p50", "noise_rss"])
-    'noise_rss'
-    """
-    usable = table[table[list(predictors)].gt(0).all(axis=1)]
-    measured = usable["tolerated"].map(logit)
-    return min(predictors, key=lambda predictor: root_mean_square(measured - left_out(usable, predictor)))
-
-
-def root_mean_square(errors: pd.Series) -> float:
-    return float(np.sqrt(np.square(errors).mean()))
 
 
 @dataclass(frozen=True)
@@ -143,13 +115,11 @@ class ForetoldDropRate:
     outside: tuple[str, ...]
 
 
-def tolerated_drop_rate(
-    delta: Delta, inputs: Sequence[str] | None = None, *, scope: str = "all", table: pd.DataFrame | None = None
-) -> ForetoldDropRate:
+def tolerated_drop_rate(delta: Delta, inputs: Sequence[str] | None = None, *, scope: str = "all") -> ForetoldDropRate:
     """Foretell how much of a delta DARE can drop, from the checkpoints and one forward pass over some texts.
 
-    The predictor is the one that foretells best on the embedded family, each pair foretold by the
-    others: of the noise shares N/Y of the layers if there are inputs, of norms and values if not.
+    With inputs from the noise shares N/Y of `layer_noise`, as the root of their sum of squares; without from
+    `‖D‖²/‖W‖²` likewise. A line through what was measured on the embedded family does the rest.
 
     Parameters
     ----------
@@ -157,7 +127,6 @@ def tolerated_drop_rate(
     inputs : a few texts of the kind that the fine-tune is for; None: from the checkpoints alone, which
         loads no model and foretells less well.
     scope : which tensors are dropped from, as in `Edit`.
-    table : what to fit on, in the columns of `calibration_table`, which it is by default.
 
     Raises
     ------
@@ -171,16 +140,15 @@ def tolerated_drop_rate(
     >>> found.low < found.tolerated < found.high
     True
     """
-    table = calibration_table() if table is None else table
-    candidates = (*NORMS, *VALUES) if inputs is None else NOISE
-    predictor = best_predictor(table, candidates)
-    value = float(delta_predictors(delta, [scope], inputs)[predictor].iloc[0])
+    predictor = WITHOUT_INPUTS if inputs is None else WITH_INPUTS
+    shares = delta_noise(delta, inputs, scope=scope).reindex(columns=["noise_share"]).dropna()
+    value = float(np.linalg.norm(shares)) if len(shares) else math.nan
     if not value > 0:
         raise ValueError(
             f"scope {scope!r}: {predictor} is {value:g} there, and it foretells only above 0; "
             "either the delta is zero there, or no layer that inputs reach is in the scope: try another scope"
         )
-    return foretell(delta, predictor, value, table)
+    return foretell(delta, predictor, value, calibration_table())
 
 
 def foretell(delta: Delta, predictor: str, value: float, table: pd.DataFrame) -> ForetoldDropRate:

@@ -17,10 +17,11 @@ import pandas as pd
 
 from delta_analysis.checkpoints import content_hash, find_root, written_whole
 from delta_analysis.deltas import load_delta
-from delta_analysis.prediction import calibration_file, delta_predictors
+from delta_analysis.prediction import calibration_file
 from delta_analysis.pruning import Dare
 from delta_analysis.reports.family import BOTH, ENCODER_PAIRS, SIZES, Relation, task_pairs, trail
 from delta_analysis.reports.parameter_checks import choose_evaluation
+from delta_analysis.studies import delta_predictors
 from delta_analysis.sweeps import Edit, Pair, measure_tolerance
 
 SEEDS = (0, 1, 2)

@@ -1,6 +1,7 @@
 """What one report computes beyond the library."""
 
 from delta_analysis.studies.causes import share_of
+from delta_analysis.studies.foresight import delta_predictors
 from delta_analysis.studies.merging import (
     AFTER_DARE,
     AFTERWARDS,
@@ -27,6 +28,7 @@ __all__ = [
     "SETTING",
     "SLACKS",
     "SUM",
+    "delta_predictors",
     "halves",
     "joined",
     "mean_of",

@@ -1,14 +1,71 @@
-"""How well predictors foretell tolerances that they were not fitted on."""
+"""How well predictors foretell tolerances that they were not fitted on: of the noise in layers, and of values."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import pandas as pd
 
-from delta_analysis.prediction import PREDICTORS, best_predictor, fit_line, left_out, root_mean_square
+from delta_analysis.deltas import Delta, value_ranges
+from delta_analysis.prediction import delta_noise, fit_line, left_out, within
 from delta_analysis.sweeps import END, HIGHEST, LOWEST, RESAMPLES, Interval, logit, percentile_interval
+
+SUMMARIES = ("largest", "rss", "sum", "mean", "median")
+"""How the noise shares of layers are brought into one number; rss is the root of the sum of squares."""
+NOISE = tuple(f"noise_{summary}" for summary in SUMMARIES)
+"""Of N/Y, the noise base over the output energy of each layer, which needs inputs."""
+NORMS = tuple(f"norms_{summary}" for summary in SUMMARIES)
+"""Of the same without inputs, ‖D‖²/‖W‖²."""
+VALUES = ("abs_p50", "abs_p99", "abs_max", "rms", "relative_rms", "share_above_0.002")
+"""Of the values alone: the papers' rule of thumb speaks of median, maximum and the share below 0.002."""
+LEAST_SHARE = 1e-7
+"""A share of zero has no logarithm; this stands for it."""
+PREDICTORS = (*NOISE, *NORMS, *VALUES)
+
+
+def noise_predictors(noise: pd.DataFrame, tensors: Collection[str], *, prefix: str = "noise") -> dict[str, float]:
+    """Summaries of the noise shares of some tensors, from a table of `layer_noise` with one pruner.
+
+    A tensor with two uses counts twice; missing values if none of the tensors has a share.
+    """
+    shares = noise.loc[noise["tensor"].isin(tensors), "noise_share"].dropna().to_numpy()
+    if not len(shares):
+        return {f"{prefix}_{summary}": np.nan for summary in SUMMARIES}
+    found = (shares.max(), np.sqrt((shares**2).sum()), shares.sum(), shares.mean(), np.median(shares))
+    return {f"{prefix}_{summary}": float(value) for summary, value in zip(SUMMARIES, found, strict=True)}
+
+
+def value_predictors(part: Delta) -> dict[str, float]:
+    """The predictors of `VALUES`, as in `value_ranges`; a share of 0 above 0.002 is given as `LEAST_SHARE`."""
+    row = value_ranges(part, by="model").iloc[0]
+    above = max(1.0 - row["share_below_0.002"], LEAST_SHARE)
+    return {name: float(row[name]) for name in VALUES[:-1]} | {VALUES[-1]: above}
+
+
+def delta_predictors(
+    delta: Delta, scopes: Sequence[str] = ("all",), inputs: Sequence[str] | None = None
+) -> pd.DataFrame:
+    """Columns `scope` and `PREDICTORS`; `NOISE` is missing without inputs, or where they reach no layer."""
+    norms = delta_noise(delta)
+    noise = norms.iloc[:0] if inputs is None else delta_noise(delta, inputs)
+    rows = []
+    for scope in scopes:
+        part = within(delta, scope)
+        found = noise_predictors(noise, part), noise_predictors(norms, part, prefix="norms"), value_predictors(part)
+        rows.append({"scope": scope, **found[0], **found[1], **found[2]})
+    return pd.DataFrame(rows)
+
+
+def best_predictor(table: pd.DataFrame, predictors: Sequence[str]) -> str:
+    """The one of least error, each pair foretold by all others; rows that any lacks are left out for all."""
+    usable = table[table[list(predictors)].gt(0).all(axis=1)]
+    measured = usable["tolerated"].map(logit)
+    return min(predictors, key=lambda predictor: root_mean_square(measured - left_out(usable, predictor)))
+
+
+def root_mean_square(errors: pd.Series) -> float:
+    return float(np.sqrt(np.square(errors).mean()))
 
 
 def compare_predictors(table: pd.DataFrame, predictors: Sequence[str] = PREDICTORS) -> pd.DataFrame:
@@ -27,12 +84,6 @@ def compare_predictors(table: pd.DataFrame, predictors: Sequence[str] = PREDICTO
     `median_error`, of its absolute value; `strict_error`, as `error` but with all pairs of a fine-tune left
     out together; `rank`, Spearman's correlation with the measured tolerance, and `rank_low, rank_high`;
     `slope` of the line through all rows, and `slope_low, slope_high`.
-
-    Examples
-    --------
-    >>> from delta_analysis.prediction.predict import calibration_table
-    >>> compare_predictors(calibration_table(), ["abs_p50", "noise_rss"])["predictor"].tolist()
-    ['noise_rss', 'abs_p50']
     """
     predictors = list(predictors)
     table = table[table[predictors].gt(0).all(axis=1)].reset_index(drop=True)
@@ -66,12 +117,6 @@ def error_difference(table: pd.DataFrame, one: str, other: str) -> Interval:
     """How much larger the error of one predictor is than that of another, with an interval that resamples fine-tunes.
 
     The error is that of `compare_predictors`; rows that either lacks are left out.
-
-    Examples
-    --------
-    >>> from delta_analysis.prediction.predict import calibration_table
-    >>> error_difference(calibration_table(), "abs_p50", "noise_rss").low > 0
-    True
     """
     table = table[table[[one, other]].gt(0).all(axis=1)].reset_index(drop=True)
     measured, weights = table["tolerated"].map(logit), _fine_tune_weights(table)

@@ -13,12 +13,12 @@ import delta_analysis as da
 from delta_analysis.checkpoints.paths import find_root
 from delta_analysis.checkpoints.provenance import content_hash
 from delta_analysis.deltas.selection import editable_shapes, in_scope
-from delta_analysis.prediction.predict import PREDICTORS, calibration_file, calibration_table
-from delta_analysis.prediction.predictors import NOISE, NORMS, VALUES, delta_predictors
+from delta_analysis.prediction.predict import calibration_file, calibration_table
 from delta_analysis.reports import calibration
 from delta_analysis.reports.calibration import PARTS, groups, main, measure
 from delta_analysis.reports.family import SIZES, Relation, task_pairs, trail
 from delta_analysis.reports.parameter_checks import choose_evaluation
+from delta_analysis.studies.foresight import NOISE, NORMS, PREDICTORS, VALUES, delta_predictors
 from delta_analysis.sweeps import Edit
 
 ORIGIN = ["base", "finetuned", "kind", "task", "numel", "base_hash", "finetuned_hash"]
