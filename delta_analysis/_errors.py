@@ -20,7 +20,7 @@ def one_of(what: str, value: object, allowed: Iterable[object]) -> str:
     return f"{what} must be one of {', '.join(map(repr, allowed))}; not {value!r}"
 
 
-def number(
+def checked_number(
     name: str,
     value: object,
     low: float | None = None,
@@ -36,9 +36,9 @@ def number(
 
     Examples
     --------
-    >>> number("window", 1, 0)
+    >>> checked_number("window", 1, 0)
     1.0
-    >>> number("share", float("nan"), 0, 1, low_open=True)
+    >>> checked_number("share", float("nan"), 0, 1, low_open=True)
     Traceback (most recent call last):
     ...
     ValueError: share must be a number in (0, 1]; not nan

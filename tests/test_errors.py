@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from delta_analysis._errors import number
+from delta_analysis._errors import checked_number
 
 
 @pytest.mark.parametrize(
@@ -23,7 +23,7 @@ from delta_analysis._errors import number
     ],
 )
 def test_a_number_within_its_bounds_comes_back_plain(value: object, rules: dict[str, Any], found: float) -> None:
-    given = number("x", value, **rules)
+    given = checked_number("x", value, **rules)
     assert (given, type(given)) == (found, type(found))
 
 
@@ -45,4 +45,4 @@ def test_a_number_within_its_bounds_comes_back_plain(value: object, rules: dict[
 )
 def test_what_is_none_is_refused_by_name(value: object, rules: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=f"^x must be {re.escape(said)}$"):
-        number("x", value, **rules)
+        checked_number("x", value, **rules)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from delta_analysis._errors import checked_number
 from delta_analysis.evaluation.protocol import SPEED, Evaluation, Outcomes
 from delta_analysis.evaluation.tokens import Batch, Held, by_batch, token_batches
 
@@ -93,8 +94,7 @@ class Classification:
     def __post_init__(self) -> None:
         if not self.examples:
             raise ValueError("there is no example to judge a model on; expected at least one")
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1; not {self.batch_size}")
+        checked_number("batch_size", self.batch_size, 1, whole=True)
 
     @property
     def protocol(self) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from delta_analysis._errors import checked_number
 from delta_analysis.evaluation.protocol import Evaluation, Outcomes
 from delta_analysis.evaluation.tokens import Batch, Held, by_batch, check_texts, text_means, token_batches
 
@@ -64,8 +65,7 @@ class OutputDrift:
 
     def __post_init__(self) -> None:
         check_texts(self.texts, self.most_tokens)
-        if self.top_k < 1:
-            raise ValueError(f"top_k must be at least 1; not {self.top_k}")
+        checked_number("top_k", self.top_k, 1, whole=True)
 
     @property
     def protocol(self) -> str:

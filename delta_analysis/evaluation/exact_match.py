@@ -8,6 +8,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from delta_analysis._errors import checked_number
 from delta_analysis.evaluation.generation import matches, plan
 from delta_analysis.evaluation.protocol import SPEED, Evaluation, Outcomes, Prepared
 
@@ -86,8 +87,7 @@ class ExactMatch:
     def __post_init__(self) -> None:
         if not self.questions:
             raise ValueError("there is no question to judge a model on; expected at least one")
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1; not {self.batch_size}")
+        checked_number("batch_size", self.batch_size, 1, whole=True)
 
     @property
     def protocol(self) -> str:

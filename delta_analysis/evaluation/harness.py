@@ -24,6 +24,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from delta_analysis._errors import checked_number
 from delta_analysis.evaluation.protocol import SPEED, Evaluation, Outcomes, Prepared
 
 _LOCK = threading.Lock()
@@ -94,10 +95,9 @@ class LmEval:
     def __post_init__(self) -> None:
         if isinstance(self.tasks, str) or not self.tasks:
             raise ValueError(f"tasks must be a tuple of names; not {self.tasks!r}")
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"limit must be at least 1, or None for all documents; not {self.limit}")
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1; not {self.batch_size}")
+        if self.limit is not None:
+            checked_number("limit", self.limit, 1, whole=True)
+        checked_number("batch_size", self.batch_size, 1, whole=True)
         # Part of what the evaluation is: tasks change between versions of the harness.
         object.__setattr__(self, "version", _version())
 

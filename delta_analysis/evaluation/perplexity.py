@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from delta_analysis._errors import checked_number
 from delta_analysis.evaluation.protocol import Evaluation, Outcomes, Prepared
 from delta_analysis.evaluation.tokens import beginning
 
@@ -46,8 +47,7 @@ class TextPerplexity:
     name: str = "perplexity"
 
     def __post_init__(self) -> None:
-        if not 1 <= self.stride < self.window:
-            raise ValueError(f"stride must be between 1 and window - 1 = {self.window - 1}; not {self.stride}")
+        checked_number("stride", self.stride, 1, self.window, high_open=True, whole=True)
 
     @property
     def protocol(self) -> str:

@@ -12,6 +12,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from delta_analysis._errors import checked_number
 from delta_analysis.evaluation.protocol import Evaluation, Outcomes, Prepared
 
 TOKENS_A_BATCH = 2048
@@ -132,8 +133,7 @@ def check_texts(texts: tuple[str, ...], most_tokens: int) -> None:
     """Refuse what leaves nothing to judge."""
     if not texts:
         raise ValueError("there is no text to judge a model on; expected at least one")
-    if most_tokens < 1:
-        raise ValueError(f"most_tokens must be at least 1; not {most_tokens}")
+    checked_number("most_tokens", most_tokens, 1, whole=True)
 
 
 def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from delta_analysis._errors import NotHomologousError, one_of
+from delta_analysis._errors import NotHomologousError, checked_number, one_of
 from delta_analysis._kernels import compiled, map_blocks
 from delta_analysis.checkpoints import parse_name, reading_order
 from delta_analysis.deltas import GROUPS, LABELS, Grouping
@@ -61,8 +61,7 @@ def interference(deltas: Mapping[str, Tensors], *, by: Grouping = "tensor", larg
     [[0.5, 0.25, -3.0, 0.4]]
     """
     check_grouping(by)
-    if not 0 < largest <= 1:
-        raise ValueError(f"largest must be a share in (0, 1], such as 0.01 for 1%; not {largest!r}")
+    checked_number("largest", largest, 0, 1, low_open=True)
     if len(deltas) < 2:
         raise ValueError(f"deltas: at least two are needed to compare, label -> delta; {len(deltas)} given")
     rows: dict[tuple[str, str], list[dict[str, object]]] = {pair: [] for pair in combinations(deltas, 2)}

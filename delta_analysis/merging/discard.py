@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
-from numbers import Real
 
 import numpy as np
 import pandas as pd
 import torch
 
+from delta_analysis._errors import checked_number
 from delta_analysis.deltas import LABELS, Grouping
 from delta_analysis.merging.conflicts import check_grouping, common_names, energy, group_sums, labels, read_together
 from delta_analysis.merging.election import Slack, outvoted
@@ -75,8 +75,9 @@ def discard_rate(
     [[3.0, 0.333, 0.667, 0.5]]
     """
     check_grouping(by)
-    if len(weights) != 2 or not all(isinstance(each, Real) and math.isfinite(each) for each in weights):
-        raise ValueError(f"weights must be two finite numbers, of the fine-tune and of the other; not {weights!r}")
+    if len(weights) != 2:
+        raise ValueError(f"weights must be two numbers, of the fine-tune and of the other; not {weights!r}")
+    weights = (checked_number("weights[0]", weights[0]), checked_number("weights[1]", weights[1]))
     if slack is not None and slack.protected > 1:
         raise ValueError(f"slack protects delta {slack.protected} (from 0), and there are 2")
     deltas: dict[str, Tensors] = {"sft": sft, "cpt": cpt}

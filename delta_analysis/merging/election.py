@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from delta_analysis._errors import checked_number
 from delta_analysis._kernels import compiled, map_blocks, new_tensor
 
 
@@ -40,13 +42,9 @@ class Slack:
     absolute: float = 0.0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.protected, int) or isinstance(self.protected, bool) or self.protected < 0:
-            raise ValueError(f"protected must be the position of a delta, from 0; not {self.protected!r}")
+        checked_number("protected", self.protected, 0, whole=True)
         for name in ("relative", "absolute"):
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or isinstance(value, bool) or not value >= 0:
-                raise ValueError(f"{name} must be a number of at least 0; not {value!r}")
-            object.__setattr__(self, name, float(value))
+            object.__setattr__(self, name, checked_number(name, getattr(self, name), 0, math.inf))
 
     def check(self, count: int) -> None:
         """Raise unless the protected delta is one of so many."""

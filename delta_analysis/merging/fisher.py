@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+from delta_analysis._errors import checked_number
 from delta_analysis._kernels import new_tensor
-from delta_analysis.merging.methods import MergeMethod, Parts, check_weights, is_number, weighted_mean
+from delta_analysis.merging.methods import MergeMethod, Parts, check_weights, weighted_mean
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,7 @@ class Fisher(MergeMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not is_number(self.floor) or self.floor <= 0:
-            raise ValueError(f"floor must be a finite number above 0, in units of the mean; not {self.floor!r}")
+        checked_number("floor", self.floor, 0, low_open=True)
 
     def check(self, weights: tuple[float, ...]) -> None:
         check_weights(weights)

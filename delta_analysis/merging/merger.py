@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
-from numbers import Real
-from operator import index
 from pathlib import Path
 
 import torch
 
+from delta_analysis._errors import checked_number
 from delta_analysis._kernels import to_float32
 from delta_analysis.checkpoints import Checkpoint, Entry, Source
 from delta_analysis.deltas import COMPARED, Delta, Match
@@ -103,16 +101,17 @@ def merge(
     """
     # What costs nothing to check comes before weights are read.
     count = len(check_deltas(deltas))
-    pruners, number, shares = _one_each(prune, count), _checked_seed(seed), _checked_weights(weights, count)
+    pruners, shares = _one_each(prune, count), _checked_weights(weights, count)
+    seed = int(checked_number("seed", seed, 0, whole=True))
     _check_method(method, shares)
     batches = _checked_data(method, data, count)
     start, given, matches = check_mergeable(base, deltas)
     statistics = [
-        gather(method.statistic, delta, each, device=device, seed=number)  # type: ignore[arg-type]
+        gather(method.statistic, delta, each, device=device, seed=seed)  # type: ignore[arg-type]
         for delta, each in zip(given, batches, strict=False)
     ]
     starts = {match.tensor: match.base for match in matches if match.base is not None}
-    merger = Merger(lambda name: _read(starts[name]), given, method, pruners, shares, number, statistics)
+    merger = Merger(lambda name: _read(starts[name]), given, method, pruners, shares, seed, statistics)
     return _merged(start, matches, merger)
 
 
@@ -154,20 +153,7 @@ def _checked_weights(weights: Sequence[float] | None, count: int) -> tuple[float
         return (1.0,) * count
     if not isinstance(weights, Sequence) or len(weights) != count:
         raise ValueError(f"weights must be {count} numbers, one for each delta; not {weights!r}")
-    for k, weight in enumerate(weights):
-        if not isinstance(weight, Real) or isinstance(weight, bool) or not math.isfinite(weight):
-            raise ValueError(f"weights: number {k} must be a finite number; not {weight!r}")
-    return tuple(map(float, weights))
-
-
-def _checked_seed(seed: int) -> int:
-    try:
-        number = index(seed)
-    except TypeError:
-        number = -1
-    if number < 0 or isinstance(seed, bool):
-        raise ValueError(f"seed must be a whole number of at least 0; not {seed!r}")
-    return number
+    return tuple(checked_number(f"weights[{k}]", weight) for k, weight in enumerate(weights))
 
 
 def _checked_data(method: MergeMethod, data: Sequence[Inputs] | None, count: int) -> list[Inputs]:

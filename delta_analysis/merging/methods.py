@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from numbers import Real
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
 
+from delta_analysis._errors import checked_number
 from delta_analysis.pruning import Pruner
 
 Statistic = Literal["", "fisher", "moments"]
@@ -47,12 +46,7 @@ class MergeMethod:
     reads_base: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        scaling = self.scaling
-        if not is_number(scaling):
-            raise ValueError(
-                f"scaling must be a finite number, what the merged delta is multiplied by; not {scaling!r}"
-            )
-        object.__setattr__(self, "scaling", float(scaling))
+        object.__setattr__(self, "scaling", checked_number("scaling", self.scaling))
 
     @property
     def label(self) -> str:
@@ -94,8 +88,3 @@ def check_weights(weights: tuple[float, ...]) -> None:
     """Raise unless the weights are those of a mean that data weights too."""
     if min(weights) < 0 or not sum(weights):
         raise ValueError(f"weights {weights}: a mean weighted by data needs weights of at least 0, not all of them 0")
-
-
-def is_number(value: object) -> bool:
-    """Whether it is a finite number."""
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from delta_analysis.merging.methods import MergeMethod, Parts, check_weights, is_number, weighted_mean
+from delta_analysis._errors import checked_number
+from delta_analysis.merging.methods import MergeMethod, Parts, check_weights, weighted_mean
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,8 @@ class RegMean(MergeMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not is_number(self.shrink) or not 0 <= self.shrink <= 1:
-            raise ValueError(f"shrink must be in [0, 1], where 1 leaves the moments as they are; not {self.shrink!r}")
-        if not is_number(self.ridge) or self.ridge < 0:
-            raise ValueError(f"ridge must be a finite number of at least 0; not {self.ridge!r}")
+        checked_number("shrink", self.shrink, 0, 1)
+        checked_number("ridge", self.ridge, 0)
 
     def check(self, weights: tuple[float, ...]) -> None:
         check_weights(weights)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from numbers import Real
 
 import torch
 from scipy.stats import rankdata
 
+from delta_analysis._errors import checked_number
 from delta_analysis._kernels import map_blocks, row_length
 from delta_analysis.checkpoints import parse_name
 from delta_analysis.merging.methods import MergeMethod, Parts
@@ -57,15 +57,8 @@ class Widen(MergeMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("threshold", "calibration"):
-            value = getattr(self, name)
-            if not isinstance(value, Real) or isinstance(value, bool) or math.isnan(value):
-                raise ValueError(f"{name} must be a number; not {value!r}")
-            object.__setattr__(self, name, float(value))
-        if self.threshold < 0:
-            raise ValueError(f"threshold must be at least 0, a multiple of the mean; not {self.threshold!r}")
-        if math.isinf(self.calibration):
-            raise ValueError(f"calibration must be finite, the score of large changes; not {self.calibration!r}")
+        object.__setattr__(self, "threshold", checked_number("threshold", self.threshold, 0, math.inf))
+        object.__setattr__(self, "calibration", checked_number("calibration", self.calibration))
 
     def __call__(self, parts: Parts) -> torch.Tensor:
         base = parts.base

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from delta_analysis._errors import one_of
+from delta_analysis._errors import checked_number, one_of
 from delta_analysis.pruning import Dare, Law, Lawful, Magnitude, MagPrune, Proportional, Pruner, checked_drop_rate
 from delta_analysis.studies.rescaling import factor_grid, on_half
 from delta_analysis.sweeps import kept_interval, lead, metric_named, outcome_matrix
@@ -160,8 +161,7 @@ def factors_by_layer(noise: pd.DataFrame, drop_rate: float, weight: float) -> Pe
     >>> [round(pruner.rescale, 3) for _, pruner in factors_by_layer(noise, 0.5, 1.0).pruners]
     [1.0, 1.5]
     """
-    if not weight >= 0:
-        raise ValueError(f"weight must be at least 0, which is DARE; not {weight!r}")
+    checked_number("weight", weight, 0, math.inf)
     if checked_drop_rate(drop_rate) == 1:
         raise ValueError("drop_rate: at 1 nothing is left to be multiplied by a factor; give one below 1")
     if noise["signal"].isna().any():
@@ -211,8 +211,7 @@ class LowRank:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "drop_rate", checked_drop_rate(self.drop_rate))
-        if not 0 <= self.share <= 1:
-            raise ValueError(f"share must be in [0, 1]; not {self.share!r}")
+        checked_number("share", self.share, 0, 1)
 
     @property
     def method(self) -> str:

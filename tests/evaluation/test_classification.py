@@ -134,7 +134,7 @@ def test_a_label_that_the_model_does_not_have(label: int) -> None:
 def test_bad_arguments(examples: tuple[Labelled, ...]) -> None:
     with pytest.raises(ValueError, match="no example"):
         Classification(())
-    with pytest.raises(ValueError, match="batch_size must be at least 1; not 0"):
+    with pytest.raises(ValueError, match="batch_size must be a whole number of at least 1; not 0"):
         Classification(examples, batch_size=0)
     with pytest.raises(ValueError, match="text 1 has no tokens"):
         Classification((Labelled("a", 0), Labelled("", 0)))(classifier("encoder"), TOKENIZER)

@@ -209,7 +209,7 @@ def test_generation_is_greedy_whatever_the_checkpoint_prefers(
 
 @pytest.mark.parametrize("batch_size", [0, -1])
 def test_batch_size_below_one_is_an_error(batch_size: int) -> None:
-    with pytest.raises(ValueError, match=f"batch_size must be at least 1; not {batch_size}"):
+    with pytest.raises(ValueError, match=f"batch_size must be a whole number of at least 1; not {batch_size}"):
         ExactMatch((Question("a", "b"),), batch_size=batch_size)
 
 

@@ -426,8 +426,8 @@ def test_without_the_harness_the_extra_is_named(
     [
         ({"tasks": ()}, "tuple of names"),
         ({"tasks": "gsm8k"}, "tuple of names"),
-        ({"limit": 0}, "limit must be at least 1"),
-        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"limit": 0}, "limit must be a whole number of at least 1"),
+        ({"batch_size": 0}, "batch_size must be a whole number of at least 1"),
     ],
 )
 def test_values_out_of_range(fields: dict[str, Any], message: str) -> None:

@@ -187,7 +187,7 @@ def test_it_has_to_be_prepared() -> None:
 def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match="no text to judge"):
         HiddenSimilarity(())
-    with pytest.raises(ValueError, match="most_tokens must be at least 1; not 0"):
+    with pytest.raises(ValueError, match="most_tokens must be a whole number of at least 1; not 0"):
         HiddenSimilarity(TEXTS, most_tokens=0)
     with pytest.raises(ValueError, match="text 1 has no tokens"):
         HiddenSimilarity(("a", "")).prepared(MODEL, TOKENIZER)

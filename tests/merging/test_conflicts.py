@@ -229,5 +229,5 @@ def test_deltas_that_cannot_be_compared_are_told() -> None:
     with pytest.raises(ValueError, match="by must be one of 'tensor', .*; not 'block'"):
         interference(deltas, by="block")  # type: ignore[arg-type]
     for share in (0.0, -0.1, 1.5, math.nan):
-        with pytest.raises(ValueError, match=r"largest must be a share in \(0, 1\]"):
+        with pytest.raises(ValueError, match=r"largest must be a number in \(0, 1\]"):
             interference(deltas, largest=share)

@@ -210,7 +210,7 @@ def test_weights_of_a_mean_are_not_negative(method: MergeMethod, weights: tuple[
         (Fisher, {"floor": True}, "floor must be"),
         (Fisher, {"scaling": math.nan}, "scaling must be"),
         (RegMean, {"scaling": "1"}, "scaling must be"),
-        (RegMean, {"shrink": 1.1}, r"shrink must be in \[0, 1\]"),
+        (RegMean, {"shrink": 1.1}, r"shrink must be a number in \[0, 1\]"),
         (RegMean, {"shrink": None}, "shrink must be"),
         (RegMean, {"ridge": -1e-9}, "ridge must be a finite number of at least 0"),
         (RegMean, {"ridge": math.inf}, "ridge must be"),

@@ -215,5 +215,5 @@ def test_what_cannot_be_counted_is_told() -> None:
     with pytest.raises(ValueError, match="slack protects delta 2"):
         discard_rate(sft, cpt, slack=Slack(2))
     for weights in ((1.0,), (1.0, math.nan), (1.0, "1"), (1.0, math.inf)):
-        with pytest.raises(ValueError, match="weights must be two finite numbers"):
+        with pytest.raises(ValueError, match=r"weights.* must be"):
             discard_rate(sft, cpt, weights=weights)  # type: ignore[arg-type]

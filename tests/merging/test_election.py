@@ -244,7 +244,7 @@ def test_slack_has_to_protect_a_delta_that_is_there() -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"protected": -1}, "protected must be the position of a delta, from 0; not -1"),
+        ({"protected": -1}, "protected must be a whole number of at least 0; not -1"),
         ({"protected": 0.0}, "protected must be"),
         ({"protected": True}, "protected must be"),
         ({"relative": -0.1}, "relative must be a number of at least 0; not -0.1"),

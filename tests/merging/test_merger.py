@@ -321,11 +321,11 @@ def test_merged_adapters_are_saved_and_loaded(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"weights": [1.0]}, r"weights must be 2 numbers, one for each delta; not \[1.0\]"),
-        ({"weights": 1.0}, "weights must be 2 numbers, one for each delta; not 1.0"),
-        ({"weights": [1.0, math.nan]}, "weights: number 1 must be a finite number; not nan"),
-        ({"weights": [math.inf, 1]}, "weights: number 0 must be a finite number; not inf"),
-        ({"weights": ["1", 1]}, "weights: number 0 must be a finite number; not '1'"),
-        ({"weights": [True, 1]}, "weights: number 0 must be"),
+        ({"weights": 1.0}, r"weights must be 2 numbers, one for each delta; not 1.0"),
+        ({"weights": [1.0, math.nan]}, r"weights\[1\] must be a finite number; not nan"),
+        ({"weights": [math.inf, 1]}, r"weights\[0\] must be a finite number; not inf"),
+        ({"weights": ["1", 1]}, r"weights\[0\] must be a finite number; not '1'"),
+        ({"weights": [True, 1]}, r"weights\[0\] must be"),
         ({"weights": [1, -1]}, r"weights \(1.0, -1.0\) sum to 0, so that there is no mean"),
         ({"method": da.merging.Ties(slack=da.merging.Slack(2))}, r"slack protects delta 2 \(from 0\), and there are 2"),
         (

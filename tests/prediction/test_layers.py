@@ -665,7 +665,7 @@ def test_texts_are_asked_for() -> None:
         layer_noise(*PAIR, [])
     with pytest.raises(ValueError, match=r"inputs must be a list of texts, and this is a single one; give \[text\]"):
         layer_noise(*PAIR, TEXTS[0])
-    with pytest.raises(ValueError, match="most_tokens must be at least 1"):
+    with pytest.raises(ValueError, match="most_tokens must be a whole number of at least 1"):
         layer_noise(*PAIR, TEXTS, most_tokens=0)
 
 

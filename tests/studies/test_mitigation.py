@@ -279,7 +279,7 @@ def test_the_uses_of_a_tied_tensor_share_a_factor() -> None:
 def test_wrong_factors_are_refused() -> None:
     noise = sums(w=(1.0, 1.0))
     for bad in (-1.0, math.nan):
-        with pytest.raises(ValueError, match="weight must be at least 0"):
+        with pytest.raises(ValueError, match="weight must be a number of at least 0"):
             factors_by_layer(noise, 0.5, bad)
     delta = da.load_delta(base="zoo:tiny/base", finetuned="zoo:tiny/code")
     with pytest.raises(ValueError, match="noise has no signal; factors by layer need a table of layer_noise with inp"):
@@ -410,7 +410,7 @@ def test_it_is_unbiased() -> None:
 
 def test_low_rank_parameters() -> None:
     for bad in (-0.1, 1.1, math.nan):
-        with pytest.raises(ValueError, match=r"share must be in \[0, 1\]"):
+        with pytest.raises(ValueError, match=r"share must be a number in \[0, 1\]"):
             LowRank(0.5, bad)
     with pytest.raises(ValueError, match="drop_rate must be a number"):
         LowRank(2)
