@@ -100,9 +100,8 @@ def merge(
     True
     """
     # What costs nothing to check comes before weights are read.
-    count = len(check_deltas(deltas))
+    count, seed = len(check_deltas(deltas)), int(checked_number("seed", seed, 0, whole=True))
     pruners, shares = _one_each(prune, count), _checked_weights(weights, count)
-    seed = int(checked_number("seed", seed, 0, whole=True))
     _check_method(method, shares)
     batches = _checked_data(method, data, count)
     start, given, matches = check_mergeable(base, deltas)
