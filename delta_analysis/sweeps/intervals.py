@@ -13,6 +13,8 @@ import pandas as pd
 from scipy import stats
 
 RESAMPLES = 1000
+PARTS = 10
+"""A tenth of the resamples is in float64 at a time."""
 
 
 CONFIDENCE = 0.95
@@ -59,7 +61,7 @@ class Interval(NamedTuple):
 class Resamples(NamedTuple):
     """How often each seed and each block of neighbouring items is drawn, a bootstrap sample a row.
 
-    Items are drawn whole times, seeds with weights that sum to their number (see `two_way_resamples`).
+    Items are drawn whole times, at most 255, seeds with weights that sum to their number (see `two_way_resamples`).
     """
 
     seeds: np.ndarray
@@ -82,8 +84,10 @@ def two_way_resamples(n_seeds: int, n_items: int, *, block: int = 1, count: int 
     blocks = -(-n_items // block)
     rng = np.random.default_rng([n_seeds, blocks, count])
     seeds = rng.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), size=count)
-    items = rng.multinomial(blocks, np.full(blocks, 1 / blocks), size=count)
-    return Resamples(1 + seed_stretch(n_seeds) * (seeds - 1.0), items.astype(np.float64), block)
+    even = np.full(blocks, 1 / blocks)
+    # A byte each, some samples at a time: thousands of items would fill 100 MB otherwise.
+    items = [rng.multinomial(blocks, even, size=len(part)).astype(np.uint8) for part in np.array_split(seeds, PARTS)]
+    return Resamples(1 + seed_stretch(n_seeds) * (seeds - 1.0), np.concatenate(items), block)
 
 
 def seed_stretch(n_seeds: int) -> float:
@@ -110,8 +114,9 @@ def resampled_means(outcomes: np.ndarray, resamples: Resamples) -> np.ndarray:
     # Counted from the lowest, the means of equal outcomes are exact.
     lowest = outcomes.min()
     sums = np.add.reduceat(outcomes.astype(np.float64) - lowest, starts, axis=1)
-    by_seed = resamples.items @ sums.T
-    drawn = resamples.items @ np.diff(np.append(starts, n_items))
+    summed = np.vstack([sums, np.diff(np.append(starts, n_items))]).T
+    totals = np.concatenate([part.astype(np.float64) @ summed for part in np.array_split(resamples.items, PARTS)])
+    by_seed, drawn = totals[:, :-1], totals[:, -1]
     means = by_seed[:, 0] / drawn if n_seeds == 1 else (by_seed * resamples.seeds).sum(axis=1) / (n_seeds * drawn)
     right_or_wrong = ((outcomes == 0) | (outcomes == 1)).all()
     return np.clip(lowest + means, 0.0 if lowest >= 0 else -np.inf, 1.0 if right_or_wrong else np.inf)
