@@ -9,7 +9,7 @@ from delta_analysis.merging.fisher import Fisher
 from delta_analysis.merging.merger import Merger, Tensors, check_mergeable, merge, merge_label
 from delta_analysis.merging.methods import MergeMethod, Statistic
 from delta_analysis.merging.regmean import RegMean
-from delta_analysis.merging.statistics import gather
+from delta_analysis.merging.statistics import Statistics, gather
 from delta_analysis.merging.task_arithmetic import TaskArithmetic
 from delta_analysis.merging.ties import Ties
 from delta_analysis.merging.widen import Widen
@@ -23,6 +23,7 @@ __all__ = [
     "RegMean",
     "Slack",
     "Statistic",
+    "Statistics",
     "TaskArithmetic",
     "Tensors",
     "Ties",

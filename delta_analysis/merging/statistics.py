@@ -29,6 +29,10 @@ class Statistics(Mapping[str, torch.Tensor]):
     sums: Mapping[str, torch.Tensor] = field(repr=False)
     counts: Mapping[str, int] = field(repr=False)
 
+    @property
+    def nbytes(self) -> int:
+        return sum(each.nbytes for each in self.sums.values())
+
     def __getitem__(self, name: str) -> torch.Tensor:
         count = self.counts[name]
         return self.sums[name] / count

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, Executor, Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from operator import index
 from pathlib import Path
 from typing import TextIO
 
-import numpy as np
 import pandas as pd
 import torch
 from tqdm import tqdm
 
 from delta_analysis._kernels import single_threaded_pool
-from delta_analysis.checkpoints import content_hash, open_checkpoint, versions
+from delta_analysis.checkpoints import content_hash, open_checkpoint
 from delta_analysis.evaluation import Evaluation, check_device
 from delta_analysis.pruning import Dare, Pruner
 from delta_analysis.sweeps.cells import SCHEMA, CellStore, Row, code_digest, content, digest
-from delta_analysis.sweeps.intervals import metric_interval, metric_named
-from delta_analysis.sweeps.pairs import Edit, EditablePair, Edited, Pair, edited_source, held_pair, release_pairs
+from delta_analysis.sweeps.jobs import Job, failed, run_job
+from delta_analysis.sweeps.merges import Merging, release_statistics
+from delta_analysis.sweeps.pairs import Edit, Pair, edited_source, release_pairs
 
 LARGE = 2**28
 """Bytes of a fine-tuned model whose matrices fill several cores; smaller ones are judged one a core."""
@@ -124,7 +122,13 @@ def sweep(
     try:
         return judge(asked, out_dir, executor, device=device, progress=progress)
     finally:
-        release_pairs()
+        release()
+
+
+def release() -> None:
+    """Let go of what is too large to be held for the next sweep."""
+    release_pairs()
+    release_statistics()
 
 
 def as_edit(edit: Edit | Pruner) -> Edit:
@@ -164,6 +168,7 @@ def judge(
     check_device(device)
     _refuse_fork(executor)
     hashes = {pair: (content_hash(pair.base) if pair.base else "", content_hash(pair.finetuned)) for pair in pairs}
+    _check_merges(asked, hashes)
     store = CellStore.of(out_dir)
     keys, jobs = _plan(asked, hashes, device, store)
     done = {key: rows for key in set(keys) if (rows := store.read(key))}
@@ -182,6 +187,14 @@ def judge(
     if table["error"].notna().any():
         raise SweepError(_failures(table), table)
     return table
+
+
+def _check_merges(asked: Sequence[Cell], hashes: Hashes) -> None:
+    for cell in asked:
+        pruner, pair = cell.edit.pruner, cell.pair
+        if isinstance(pruner, Merging) and pruner.sources[0].hashes != hashes[pair]:
+            own = pruner.sources[0].finetuned
+            raise ValueError(f"a merge of {own} is an edit of its own pair, and {pair.name!r} is another")
 
 
 def _refuse_fork(executor: Executor | None) -> None:
@@ -327,69 +340,3 @@ def options(pruner: Pruner) -> dict[str, object]:
     """What a pruner has beyond drop rate and rescale, as columns such as `option_window`."""
     own = [each.name for each in fields(pruner) if each.name not in ("drop_rate", "rescale")]  # type: ignore[arg-type]
     return {f"option_{name}": str(getattr(pruner, name)) for name in own}
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a worker is handed: one edit of a pair under one seed (None: the untouched model), and what judges it.
-
-    `hashes` are those of base and fine-tune; `evaluations` have the key of their cell, `cells` is where it goes.
-    """
-
-    pair: Pair
-    edit: Edit | None
-    seed: int
-    hashes: tuple[str, str]
-    device: str
-    cells: CellStore
-    evaluations: tuple[tuple[str, Evaluation], ...]
-
-
-def run_job(job: Job) -> dict[str, list[Row]]:
-    """Key -> rows of each cell of a job; one that is finished is written at once, one that failed has its error."""
-    results: dict[str, list[Row]] = {}
-    try:
-        held = held_pair(job.pair, job.hashes, job.device)
-        started = time.perf_counter()
-        with held.edited(job.edit, job.seed) as edited:
-            spent = time.perf_counter() - started
-            for key, evaluation in job.evaluations:
-                try:
-                    rows = _judged(job, held, edited, evaluation, spent)
-                    job.cells.write(key, rows)
-                except Exception as error:
-                    rows = [failed(job, error)]
-                results[key] = rows
-    except Exception as error:
-        return {key: [failed(job, error)] for key, _ in job.evaluations}
-    return results
-
-
-def _judged(job: Job, held: EditablePair, edited: Edited, evaluation: Evaluation, spent: float) -> list[Row]:
-    started = time.perf_counter()
-    outcomes = held.prepared(evaluation)(edited.model, held.tokenizer)
-    seconds = spent + time.perf_counter() - started
-    rows = []
-    for name, given in outcomes.items():
-        values = np.asarray(given, dtype=np.float64)
-        value, low, high = metric_interval(metric_named(name), values[None])
-        found = {"metric": name, "value": value, "low": low, "high": high, "outcomes": values.tolist()}
-        rows.append({**_origin(job), **found, "achieved_drop_rate": edited.achieved_drop_rate, "seconds": seconds})
-    return rows
-
-
-def failed(job: Job, error: Exception) -> Row:
-    return {**_origin(job), "error": f"{type(error).__name__}: {error}"}
-
-
-def _origin(job: Job) -> Row:
-    """What a cell's file says of itself, whatever came of it."""
-    base, finetuned = job.hashes
-    described = {"pair": asdict(job.pair), "edit": content(job.edit), "seed": job.seed}
-    return {
-        "device": job.device,
-        "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
-        "base_hash": base,
-        "finetuned_hash": finetuned,
-        "cell": json.dumps(described, ensure_ascii=False),
-    }

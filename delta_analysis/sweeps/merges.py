@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from threading import Lock
 
 import torch
 
 from delta_analysis.checkpoints import content_hash
-from delta_analysis.deltas import editable_shapes, load_delta
+from delta_analysis.deltas import Delta, editable_shapes, load_delta
 from delta_analysis.evaluation import finetuned_model, token_batches
-from delta_analysis.merging import MergeMethod, Merger, Statistic, Tensors, gather, merge_label
+from delta_analysis.merging import MergeMethod, Merger, Statistic, Statistics, gather, merge_label
 from delta_analysis.pruning import Prune, Pruner, Rescale
-from delta_analysis.sweeps.pairs import Pair
+from delta_analysis.sweeps.pairs import LOADING, Pair, drop_oldest
 
 
 @dataclass(frozen=True)
@@ -55,8 +54,8 @@ class Merging:
     Raises
     ------
     ValueError
-        Weights that are not as many as the sources. In a sweep: a pair that is not the first source; a delta of
-        the sources that changes a tensor which the pair's own does not have.
+        Weights that are not as many as the sources, or that the method cannot use. In a sweep: a pair that is not
+        the first source; a delta of the sources that changes a tensor which the pair's own does not have.
     """
 
     sources: tuple[MergeSource, ...]
@@ -70,6 +69,7 @@ class Merging:
             raise ValueError(
                 f"weights: {len(self.weights)} are given for {len(self.sources)} deltas; give one for each"
             )
+        self.by.check(self.weights or (1.0,) * len(self.sources))
 
     @property
     def drop_rate(self) -> float:
@@ -97,27 +97,24 @@ class Merging:
 
     def over(self, tensors: Mapping[str, torch.Tensor], seed: int) -> Prune:
         """The merge of the pair's delta with the others."""
-        first, *others = (source.without_texts() for source in self.sources)
-        own, deltas = _names(first), [tensors]
-        sample = min(tensors, key=lambda name: (tensors[name].dim() < 2, tensors[name].numel()))
-        if sample not in own or not torch.equal(_tensor(first, sample), tensors[sample].cpu()):
-            raise ValueError(
-                f"a merge of {first.finetuned} is an edit of its own pair, and this is another: {sample!r} differs"
-            )
-        for source in others:
-            other = _tensors(source)
-            if beyond := [name for name in other if name not in own]:
+        first, *others = map(_opened, self.sources)
+        own, deltas = editable_shapes(first), [tensors]
+        for other in others:
+            names = editable_shapes(other)
+            if beyond := [name for name in names if name not in own]:
                 raise ValueError(
-                    f"{source.finetuned}: changes {beyond[0]!r}, which {first.finetuned} leaves alone; "
+                    f"{other.finetuned.source}: changes {beyond[0]!r}, which {first.finetuned.source} leaves alone; "
                     "take a pair that changes all tensors for the first"
                 )
             # Of an edit's scope, as the pair's own.
-            deltas.append({name: other[name] for name in tensors if name in other})
+            deltas.append(_Part(other, [name for name in tensors if name in names]))
         needed, count = self.by.statistic, len(deltas)
-        statistics = [_statistics(needed, each, seed) for each in self.sources] if needed else []
+        statistics = _statistics(needed, self.sources, seed) if needed else []
 
         def base(name: str) -> torch.Tensor:
-            return _base(first)[name]
+            start = first.read(name)[1]
+            assert start is not None
+            return start
 
         merger = Merger(base, deltas, self.by, [self.prune] * count, self.weights or (1.0,) * count, seed, statistics)
         return lambda tensor, *, name, seed: merger(name)
@@ -130,50 +127,56 @@ def merge_source(pair: Pair, texts: Sequence[str] = ()) -> MergeSource:
     return MergeSource(pair.base, pair.finetuned, (content_hash(pair.base), content_hash(pair.finetuned)), tuple(texts))
 
 
-_gathering = Lock()
+@dataclass(frozen=True, eq=False)
+class _Part(Mapping[str, torch.Tensor]):
+    """Some tensors of a delta, read when they are asked for."""
 
+    delta: Delta
+    names: Sequence[str]
 
-@lru_cache(maxsize=4)
-def _tensors(source: MergeSource) -> dict[str, torch.Tensor]:
-    """The delta, in memory."""
-    delta = load_delta(base=source.base, finetuned=source.finetuned)
-    return {name: delta[name] for name in editable_shapes(delta)}
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.delta[name]
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
 
-@lru_cache(maxsize=64)
-def _tensor(source: MergeSource, name: str) -> torch.Tensor:
-    """A single tensor of the delta."""
-    return load_delta(base=source.base, finetuned=source.finetuned)[name]
+    def __len__(self) -> int:
+        return len(self.names)
 
-
-@lru_cache(maxsize=1)
-def _base(source: MergeSource) -> dict[str, torch.Tensor]:
-    """The base, in memory."""
-    delta = load_delta(base=source.base, finetuned=source.finetuned)
-    read = {name: delta.read(name)[1] for name in editable_shapes(delta)}
-    return {name: base for name, base in read.items() if base is not None}
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
 
 
 @lru_cache(maxsize=64)
-def _names(source: MergeSource) -> frozenset[str]:
-    """The tensors that the delta changes."""
-    return frozenset(editable_shapes(load_delta(base=source.base, finetuned=source.finetuned)))
+def _opened(source: MergeSource) -> Delta:
+    """The delta, of which nothing is read; opened once, since that may ask the hub."""
+    return load_delta(base=source.base, finetuned=source.finetuned)
 
 
-def _statistics(statistic: Statistic, source: MergeSource, seed: int) -> Tensors:
-    # One thread at a time, so that two do not gather the same.
-    with _gathering:
-        return _gathered(statistic, source, seed if statistic == "fisher" else 0)
+_gathered: dict[tuple[Statistic, MergeSource, int], Statistics] = {}
 
 
-@lru_cache(maxsize=16)
-def _gathered(statistic: Statistic, source: MergeSource, seed: int) -> Tensors:
-    delta = load_delta(base=source.base, finetuned=source.finetuned)
+def _statistics(statistic: Statistic, sources: Sequence[MergeSource], seed: int) -> list[Statistics]:
+    """What the data of each says, gathered once; earlier ones go where memory is short."""
+    keys = [(statistic, source, seed if statistic == "fisher" else 0) for source in sources]
+    with LOADING:
+        if not all(key in _gathered for key in keys):
+            drop_oldest(_gathered)
+        for key in keys:
+            if key not in _gathered:
+                _gathered[key] = _gather(*key)
+        return [_gathered[key] for key in keys]
+
+
+def _gather(statistic: Statistic, source: MergeSource, seed: int) -> Statistics:
+    delta = _opened(source)
     model, tokenizer = finetuned_model(delta)
     batches = token_batches(source.texts, model, tokenizer)
-    return gather(
-        statistic,  # type: ignore[arg-type]
-        delta,
-        [{"input_ids": batch.ids, "attention_mask": batch.mask} for batch in batches],
-        seed=seed,
-    )
+    inputs = [{"input_ids": batch.ids, "attention_mask": batch.mask} for batch in batches]
+    return gather(statistic, delta, inputs, seed=seed)  # type: ignore[arg-type]
+
+
+def release_statistics() -> None:
+    """Let go of statistics that are too large to be held for later."""
+    with LOADING:
+        drop_oldest(_gathered)

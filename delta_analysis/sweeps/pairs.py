@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from threading import Lock
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -157,7 +157,9 @@ def edited_source(pair: Pair) -> str:
 _held: dict[tuple[object, ...], EditablePair] = {}
 
 
-_holding = Lock()
+LOADING = Lock()
+"""One thread at a time, so that none loads what another does, and since transformers builds models under a global
+device context."""
 
 
 def held_pair(pair: Pair, content: Sequence[object], device: str) -> EditablePair:
@@ -166,22 +168,21 @@ def held_pair(pair: Pair, content: Sequence[object], device: str) -> EditablePai
     `content` tells whether the files are the ones that were loaded.
     """
     key = (pair.base, pair.finetuned, *content, device)
-    # One thread at a time, also because transformers builds models under a global device context.
-    with _holding:
+    with LOADING:
         if key not in _held:
             # Before loading, so that two large pairs are never held together.
-            _drop_pairs(HELD_BYTES)
+            drop_oldest(_held)
             _held[key] = EditablePair.load(pair, device)
         return _held[key]
 
 
 def release_pairs() -> None:
     """Let go of pairs that are too large to be held for later."""
-    with _holding:
-        _drop_pairs(HELD_BYTES)
+    with LOADING:
+        drop_oldest(_held)
 
 
-def _drop_pairs(limit: int) -> None:
-    """Drop the oldest until those that are left are within the limit."""
-    while _held and sum(each.nbytes for each in _held.values()) > limit:
-        del _held[next(iter(_held))]
+def drop_oldest(held: dict[Any, Any]) -> None:
+    """Drop the oldest until those that are left are within `HELD_BYTES`."""
+    while held and sum(each.nbytes for each in held.values()) > HELD_BYTES:
+        del held[next(iter(held))]

@@ -15,7 +15,7 @@ import pandas as pd
 from delta_analysis.evaluation import Evaluation
 from delta_analysis.pruning import Pruner
 from delta_analysis.sweeps.curves import first_metric, outcome_matrix
-from delta_analysis.sweeps.engine import Cell, Evaluations, as_edit, evaluations_of, judge, useful_seeds
+from delta_analysis.sweeps.engine import Cell, Evaluations, as_edit, evaluations_of, judge, release, useful_seeds
 from delta_analysis.sweeps.intervals import (
     MEAN,
     Interval,
@@ -27,7 +27,7 @@ from delta_analysis.sweeps.intervals import (
     resampled_means,
     two_way_resamples,
 )
-from delta_analysis.sweeps.pairs import Edit, Pair, release_pairs
+from delta_analysis.sweeps.pairs import Edit, Pair
 
 KEPT_SHARE = 0.95
 """A drop rate is tolerated while the model keeps this share of the untouched model's metric."""
@@ -111,7 +111,7 @@ def measure_tolerance(
             rates_next = {pair: next_rate(metrics[pair], outcomes[pair], resolution) for pair in pairs}
             wanted = {pair: [] if rate is None else [rate] for pair, rate in rates_next.items()}
     finally:
-        release_pairs()
+        release()
     found = [_tolerance(pair, edit, metrics[pair], outcomes[pair]) for pair in pairs]
     return pd.DataFrame(found), pd.concat(tables, ignore_index=True)
 

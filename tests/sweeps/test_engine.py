@@ -27,8 +27,9 @@ from delta_analysis.pruning.pruners import Dare, Magnitude, MagPrune
 from delta_analysis.reports.family import questions_file
 from delta_analysis.sweeps import pairs as editable
 from delta_analysis.sweeps.cells import CellStore
-from delta_analysis.sweeps.engine import Evaluations, Job, SweepError, options, sweep
+from delta_analysis.sweeps.engine import Evaluations, SweepError, options, sweep
 from delta_analysis.sweeps.intervals import metric_interval, metric_named
+from delta_analysis.sweeps.jobs import Job
 from delta_analysis.sweeps.pairs import Edit, EditablePair, Pair
 from tests.tiny_family import (
     NORM,

@@ -16,8 +16,8 @@ from delta_analysis.checkpoints.provenance import versions
 from delta_analysis.pruning.pruners import Dare
 from delta_analysis.sweeps import pairs as editable
 from delta_analysis.sweeps.cells import SCHEMA, CellStore
-from delta_analysis.sweeps.engine import Job, run_job
 from delta_analysis.sweeps.intervals import MEAN, PERPLEXITY, metric_interval
+from delta_analysis.sweeps.jobs import Job, run_job
 from delta_analysis.sweeps.pairs import Edit, EditablePair, Pair
 from tests.tiny_family import NORM, UP, Fails, Family, Judge, Reads, flat, make_family
 

@@ -75,8 +75,7 @@ def logs(tmp_path: Path) -> Logs:
 @pytest.fixture(autouse=True)
 def _nothing_held() -> Iterator[None]:
     yield
-    for held in (merge_edit._tensors, merge_edit._base, merge_edit._names, merge_edit._gathered):
-        held.cache_clear()
+    merge_edit._gathered.clear()
 
 
 def merged_weights(sources: Sources, method: MergeMethod, prune: Pruner | None, seed: int, **how: Any) -> np.ndarray:
@@ -195,7 +194,6 @@ def test_threads_change_nothing(sources: Sources, tmp_path: Path) -> None:
     ]
     tables = []
     for threads in (1, 4):
-        merge_edit._tensors.cache_clear()
         with ThreadPoolExecutor(threads) as pool:
             tables.append(sweep(sources.pairs[:1], edits, [READS], [0, 1, 2], tmp_path / str(threads), pool))
     pd.testing.assert_frame_equal(*map(without_seconds, tables))
@@ -318,7 +316,30 @@ def test_weights_are_as_many_as_sources(sources: Sources) -> None:
         Merging(sources.parts(), da.merging.Average(), weights=(1.0, 1.0))
 
 
-def test_a_merge_is_an_edit_of_its_own_pair(sources: Sources, tmp_path: Path) -> None:
+def test_a_merge_is_an_edit_of_its_own_pair(sources: Sources, logs: Logs, tmp_path: Path) -> None:
     merging = Merging(sources.parts(), da.merging.TaskArithmetic())
-    with pytest.raises(SweepError, match="is an edit of its own pair"):
-        sweep(sources.pairs[1:2], [merging], [READS], [0], tmp_path)
+    # Another that differs in one tensor only.
+    shutil.copytree(sources.pairs[0].finetuned, tmp_path / "like")
+    weights = load_file(tmp_path / "like" / "model.safetensors")
+    weights[EMBED][0, 0] += 0.5
+    save_file(weights, tmp_path / "like" / "model.safetensors", metadata={"format": "pt"})
+    like = Pair("base → like", str(sources.base), str(tmp_path / "like"))
+    for pair in (sources.pairs[1], like):
+        with pytest.raises(ValueError, match="tuned is an edit of its own pair, and 'base → .*' is another"):
+            sweep([pair], [Dare(0.5), merging], [logs], [0], tmp_path)
+    assert calls(logs) == 0
+
+
+def test_weights_are_those_of_the_method(sources: Sources) -> None:
+    with pytest.raises(ValueError, match="sum to 0, so that there is no mean"):
+        Merging(sources.parts()[:2], da.merging.Average(), weights=(1.0, -1.0))
+
+
+def test_large_statistics_are_let_go_after_a_sweep(
+    sources: Sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merging = Merging(sources.parts(*TEXTS), da.merging.RegMean())
+    for limit, held in ((2**30, 3), (0, 0)):
+        monkeypatch.setattr("delta_analysis.sweeps.pairs.HELD_BYTES", limit)
+        sweep(sources.pairs[:1], [merging], [READS], [0], tmp_path / str(limit))
+        assert len(merge_edit._gathered) == held
