@@ -104,6 +104,12 @@ class Classification:
         )
 
     @property
+    def chance(self) -> float:
+        """The accuracy of always saying the label that most examples have."""
+        labels = [example.label for example in self.examples]
+        return max(map(labels.count, set(labels))) / len(labels)
+
+    @property
     def texts(self) -> tuple[str, ...]:
         """The texts of the examples, without their labels."""
         return tuple(example.text for example in self.examples)

@@ -8,7 +8,7 @@ them. It takes some twenty minutes on two cores, and goes on where it was when i
 from __future__ import annotations
 
 import argparse
-import sys
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,13 +22,15 @@ from delta_analysis.pruning import Dare
 from delta_analysis.reports.family import BOTH, ENCODER_PAIRS, SIZES, Relation, task_pairs, trail
 from delta_analysis.reports.parameter_checks import choose_evaluation
 from delta_analysis.studies import delta_predictors
-from delta_analysis.sweeps import Edit, Pair, measure_tolerance
+from delta_analysis.sweeps import HIGHEST, LOWEST, Edit, Pair, inverse_logit, logit, measure_tolerance
 
-SEEDS = (0, 1, 2)
-QUESTIONS = 200
+SEEDS = tuple(range(8))
+QUESTIONS = 500
+COARSE_SEEDS, COARSE_QUESTIONS = SEEDS[:2], 100
+"""A first look with few masks and questions, to tell where the search begins."""
 TEXTS = 64
 """Questions, with their answers, that layers get their inputs from."""
-RESOLUTION = 0.5
+RESOLUTION = 0.25
 PARTS = ("all", "attention", "mlp", "embeddings")
 
 
@@ -44,20 +46,33 @@ def groups() -> Iterator[tuple[str, tuple[Relation, ...], tuple[str, ...]]]:
     yield "encoder", encoders, (*PARTS, "*.layer.0.*", "*.layer.1.*")
 
 
+TOLERANCE = ("untouched", "floor", "tolerated", "low", "high", "reading", "open_low", "open_high")
+
+
+def tolerance(pair: Pair, task: str, scope: str, out_dir: str | Path) -> pd.DataFrame:
+    """The row of `measure_tolerance`; the search begins half a unit on either side of what a first look finds."""
+    edit = Edit(Dare(0.5), scope)
+    coarse = choose_evaluation(task, COARSE_QUESTIONS)
+    rough, _ = measure_tolerance([pair], edit, [coarse], COARSE_SEEDS, out_dir, resolution=2 * RESOLUTION)
+    start = [] if math.isnan(p := rough["tolerated"][0]) else [inverse_logit(logit(p) + x) for x in (-0.5, 0.5)]
+    fine = choose_evaluation(task, QUESTIONS)
+    rates = [p for p in start if LOWEST < p < HIGHEST]
+    return measure_tolerance([pair], edit, [fine], SEEDS, out_dir, drop_rates=rates, resolution=RESOLUTION)[0]
+
+
 def measure(relations: Sequence[Relation], scopes: Sequence[str], out_dir: str | Path) -> pd.DataFrame:
     """Tolerated drop rates and predictors, one row a pair and scope; the columns of `calibration_table`."""
     pairs = [Pair(f"{r.base} → {r.finetuned}", r.base, r.finetuned) for r in relations]
-    judges = {p.name: (choose_evaluation(r.task, QUESTIONS),) for p, r in zip(pairs, relations, strict=True)}
-    measured = []
-    for scope in scopes:
-        edit = Edit(Dare(0.5), scope)
-        found, _ = measure_tolerance(pairs, edit, judges, SEEDS, out_dir, resolution=RESOLUTION, progress=sys.stderr)
-        measured.append(found.drop(columns=["method", "kept_at_1"]))
-    tolerances = pd.concat(measured)
+    measured = [
+        tolerance(pair, relation.task, scope, out_dir)
+        for scope in scopes
+        for pair, relation in zip(pairs, relations, strict=True)
+    ]
+    tolerances = pd.concat(measured).drop(columns="method")
     described = []
     for pair, relation in zip(pairs, relations, strict=True):
         delta = load_delta(base=pair.base, finetuned=pair.finetuned)
-        predictors = delta_predictors(delta, scopes, judges[pair.name][0].texts[:TEXTS])
+        predictors = delta_predictors(delta, scopes, choose_evaluation(relation.task, TEXTS).texts)
         origin = {
             "base": relation.base,
             "finetuned": relation.finetuned,
@@ -69,7 +84,7 @@ def measure(relations: Sequence[Relation], scopes: Sequence[str], out_dir: str |
         }
         described.append(predictors.assign(pair=pair.name, **origin))
     joined = pd.concat(described).merge(tolerances, on=["pair", "scope"], validate="one_to_one")
-    first = [*origin, "scope", "untouched", "tolerated", "low", "high"]
+    first = [*origin, "scope", *TOLERANCE]
     return joined[[*first, *(c for c in joined if c not in (*first, "pair"))]]
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TextIO
 
@@ -13,10 +14,11 @@ import numpy as np
 import pandas as pd
 
 from delta_analysis.evaluation import Evaluation
-from delta_analysis.pruning import Pruner
+from delta_analysis.pruning import Dare, Pruner
 from delta_analysis.sweeps.curves import first_metric, outcome_matrix
 from delta_analysis.sweeps.engine import Cell, Evaluations, as_edit, evaluations_of, judge, release, useful_seeds
 from delta_analysis.sweeps.intervals import (
+    CONFIDENCE,
     MEAN,
     Interval,
     Metric,
@@ -30,10 +32,18 @@ from delta_analysis.sweeps.intervals import (
 from delta_analysis.sweeps.pairs import Edit, Pair
 
 KEPT_SHARE = 0.95
-"""A drop rate is tolerated while the model keeps this share of the untouched model's metric."""
+"""A drop rate is tolerated while the model keeps this share of what the untouched model has above the floor."""
 
 
-LOWEST, HIGHEST = 0.001, 0.999
+LOWEST, HIGHEST = 0.001, inverse_logit(10.0)
+"""Where the search ends; a tolerance there is a bound."""
+
+
+MEASURED, AT_LEAST, AT_MOST, NONE = "measured", "at least", "at most", "none"
+"""What a tolerance is: a value, a bound, or nothing since the fine-tune is not clearly above the floor."""
+
+
+Means = Callable[[np.ndarray], np.ndarray]
 
 
 END = 1e-9
@@ -57,27 +67,32 @@ def measure_tolerance(
     device: str = "cpu",
     progress: TextIO | None = None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The drop rate up to which 95% of the untouched model's metric is kept, by pair.
+    """The drop rate up to which 95% of what the fine-tune has above the floor is kept, by pair.
 
-    The bracket between the last tolerated and the first failing drop rate (in the mean over seeds)
-    is halved on log(p/(1-p)), over nested masks; all pairs go on together, a drop rate each at a time.
+    With a the metric at a drop rate, u that of the untouched model and f the floor, what is left with the
+    whole delta dropped or chance if that is more, the share kept is `(a - f) / (u - f)`; of a perplexity, a
+    is its reciprocal. The floor is the same for every scope of a pair, so that their tolerances compare. The
+    bracket between the last tolerated and the first failing drop rate (in the mean over seeds) is halved on
+    log(p/(1-p)), over nested masks; all pairs go on together, a drop rate each at a time.
 
     Parameters
     ----------
     pairs, seeds, out_dir, executor, device, progress : as in `sweep`.
     edit : the method to bisect on; its own drop rate is replaced.
     evaluations : as in `sweep`, one for each pair. Its metric, the first if it has several, falls as a
-        model breaks, as that of `ExactMatch` does, or is a perplexity.
+        model breaks, as that of `ExactMatch` does, or is a perplexity. Chance is its `chance` if it has one.
     drop_rates : where to begin, besides 0; those of a sweep into the same `out_dir` cost nothing.
     resolution : the search ends when its bracket is this narrow on log(p/(1-p)); above 0.
 
     Returns
     -------
     tolerances : one row a pair; `pair, method, scope`; `tolerated, low, high`, drop rates with a 95%
-        interval over seeds and items, where the mean over seeds first falls below 95%, or the end of
-        the searched range [0.001, 0.999] if that lies beyond; `untouched`, the metric at drop rate 0;
-        `kept_at_1`, its share kept with the whole delta dropped (NaN if 1 is not in `drop_rates`).
-    cells : all that was judged, in the columns of `sweep`.
+        interval over seeds and items; `reading`, what `tolerated` is: `measured`, or a bound, `at least` the
+        upper or `at most` the lower end of the searched range, log odds -6.9 to 10, or `none` (missing
+        values) where the untouched model is not clearly above the floor; `open_low, open_high`, whether an
+        end of the interval is an end of that range, so that the truth may lie beyond; `untouched` and
+        `floor`, the metric at drop rate 0 and the floor.
+    cells : all that was judged of each pair in this scope, in the columns of `sweep`.
 
     Raises
     ------
@@ -90,14 +105,21 @@ def measure_tolerance(
     for rate in (LOWEST, HIGHEST):
         # A window that is too wide for the ends of the search is an error now, not in the middle.
         at_drop_rate(edit, rate)
+    judges = {pair: _only_one(pair, evaluations) for pair in pairs}
     outcomes: dict[Pair, dict[float, np.ndarray]] = {pair: {} for pair in pairs}
     wanted: dict[Pair, list[float]] = {pair: sorted({0.0, *drop_rates}) for pair in pairs}
     tables: list[pd.DataFrame] = []
     metrics: dict[Pair, Metric] = {}
     try:
+        dropped = [Cell(pair, Edit(Dare(1.0)), seeds[0], judges[pair]) for pair in pairs]
+        bases = judge(dropped, out_dir, executor, device=device, progress=progress)
+        floors = {
+            pair: Floor(outcome_matrix(first_metric(bases[bases["pair"] == pair.name])), chance_of(judges[pair]))
+            for pair in pairs
+        }
         while any(wanted.values()):
             asked = [
-                Cell(pair, at_drop_rate(edit, rate), seed, _only_one(pair, evaluations))
+                Cell(pair, at_drop_rate(edit, rate), seed, judges[pair])
                 for pair, rates in wanted.items()
                 for rate in rates
                 for seed in useful_seeds(at_drop_rate(edit, rate).pruner, seeds)
@@ -108,26 +130,32 @@ def measure_tolerance(
                 if rates:
                     metrics[pair] = metric_named(here["metric"].iloc[0])
                     outcomes[pair] |= {rate: outcome_matrix(here[here["drop_rate"] == rate]) for rate in rates}
-            rates_next = {pair: next_rate(metrics[pair], outcomes[pair], resolution) for pair in pairs}
+            rates_next = {pair: next_rate(metrics[pair], outcomes[pair], resolution, floors[pair]) for pair in pairs}
             wanted = {pair: [] if rate is None else [rate] for pair, rate in rates_next.items()}
     finally:
         release()
-    found = [_tolerance(pair, edit, metrics[pair], outcomes[pair]) for pair in pairs]
+    found = [_tolerance(pair, edit, metrics[pair], outcomes[pair], floors[pair]) for pair in pairs]
     return pd.DataFrame(found), pd.concat(tables, ignore_index=True)
 
 
-def _tolerance(pair: Pair, edit: Edit, metric: Metric, outcomes: Mapping[float, np.ndarray]) -> dict[str, object]:
+def _tolerance(
+    pair: Pair, edit: Edit, metric: Metric, outcomes: Mapping[float, np.ndarray], floor: Floor
+) -> dict[str, object]:
     """One row of the table of `measure_tolerance`."""
-    tolerated, low, high = tolerated_interval(metric, outcomes)
+    found = tolerated_interval(metric, outcomes, floor)
+    left = float(metric.value(floor.outcomes.mean()))
     return {
         "pair": pair.name,
         "method": edit.pruner.method,
         "scope": edit.scope,
-        "tolerated": tolerated,
-        "low": low,
-        "high": high,
+        "tolerated": found.value,
+        "low": found.low,
+        "high": found.high,
+        "reading": reading(found.value),
+        "open_low": found.low <= LOWEST + END,
+        "open_high": found.high >= HIGHEST - END,
         "untouched": float(metric.value(outcomes[0.0].mean())),
-        "kept_at_1": kept_shares(metric, outcomes).get(1.0, math.nan),
+        "floor": max(left, floor.chance) if metric is MEAN else left,
     }
 
 
@@ -144,20 +172,79 @@ def at_drop_rate(edit: Edit, drop_rate: float) -> Edit:
     return replace(edit, pruner=replace(edit.pruner, drop_rate=drop_rate, rescale=rescale))  # type: ignore[type-var]
 
 
-def kept_shares(metric: Metric, outcomes: Mapping[float, np.ndarray]) -> dict[float, float]:
-    """The metric at each drop rate as a share of the untouched model's, in order of drop rate."""
+@dataclass(frozen=True, eq=False)
+class Floor:
+    """What no fine-tuning is needed for: outcomes (1, items) with the whole delta dropped, and chance."""
+
+    outcomes: np.ndarray
+    chance: float = 0.0
+
+
+def chance_of(evaluation: Evaluation) -> float:
+    """What an evaluation says that a guess is worth, in its metric; 0 if it says nothing."""
+    return float(getattr(evaluation, "chance", 0.0))
+
+
+def reading(tolerated: float) -> str:
+    """Whether a tolerated drop rate is measured, a bound, or none."""
+    if math.isnan(tolerated):
+        return NONE
+    return AT_MOST if tolerated <= LOWEST + END else AT_LEAST if tolerated >= HIGHEST - END else MEASURED
+
+
+def _floor(outcomes: Mapping[float, np.ndarray], floor: Floor | None) -> Floor | None:
+    """The one given, or else the outcomes at drop rate 1, if they are known."""
+    return Floor(outcomes[1.0]) if floor is None and 1.0 in outcomes else floor
+
+
+def _left_at_floor(metric: Metric, floor: Floor | None, means: Means, untouched: np.ndarray) -> np.ndarray:
+    """The share of the untouched metric that is left at the floor; 0 where none is known."""
+    if floor is None:
+        return np.zeros_like(untouched)
+    left = metric.kept_share(means(floor.outcomes), untouched)
+    return np.maximum(left, floor.chance / untouched) if floor.chance else left
+
+
+def _above(kept: np.ndarray, left: np.ndarray) -> np.ndarray:
+    """Of shares of the untouched metric, the share of what is above the floor."""
+    return (kept - left) / np.maximum(1 - left, 1e-12)
+
+
+def kept_shares(metric: Metric, outcomes: Mapping[float, np.ndarray], floor: Floor | None = None) -> dict[float, float]:
+    """What each drop rate keeps of what the untouched model has above the floor, in order of drop rate.
+
+    Without a floor it is what is left at drop rate 1, or 0 if that is not among the outcomes.
+    """
     needs = "the tolerated drop rate needs an untouched model (drop rate 0) that answers something"
     if 0.0 not in outcomes:
         raise ValueError(f"{needs}; include drop rate 0 in the sweep")
     if metric is MEAN and not outcomes[0.0].any():
         raise ValueError(f"{needs}; this one is always wrong, check that questions and prompt format are its own")
-    untouched = outcomes[0.0].mean()
-    return {rate: float(metric.kept_share(outcomes[rate].mean(), untouched)) for rate in sorted(outcomes)}
+    untouched = np.asarray(outcomes[0.0].mean())
+    left = _left_at_floor(metric, _floor(outcomes, floor), np.mean, untouched)
+    return {rate: float(_above(metric.kept_share(outcomes[rate].mean(), untouched), left)) for rate in sorted(outcomes)}
 
 
-def next_rate(metric: Metric, outcomes: Mapping[float, np.ndarray], resolution: float = RESOLUTION) -> float | None:
-    """The drop rate to evaluate next, None when the bracket is narrow enough."""
-    shares = kept_shares(metric, outcomes)
+def clearly_above(metric: Metric, outcomes: Mapping[float, np.ndarray], floor: Floor | None = None) -> bool:
+    """Whether the untouched model is above the floor in 97.5% of the resamples of the items."""
+    if (floor := _floor(outcomes, floor)) is None:
+        return True
+    resamples = two_way_resamples(1, outcomes[0.0].shape[1], block=metric.block)
+    means = partial(resampled_means, resamples=resamples)
+    left = _left_at_floor(metric, floor, means, means(outcomes[0.0]))
+    return bool(np.quantile(left, (1 + CONFIDENCE) / 2) < 1)
+
+
+def next_rate(
+    metric: Metric,
+    outcomes: Mapping[float, np.ndarray],
+    resolution: float = RESOLUTION,
+    floor: Floor | None = None,
+) -> float | None:
+    """The drop rate to evaluate next, None when the bracket is narrow enough, or there is nothing to lose."""
+    shares = kept_shares(metric, outcomes, floor)
+    if not clearly_above(metric, outcomes, floor):
+        return None
     inner = [rate for rate in shares if LOWEST <= rate <= HIGHEST]
     failing = next((rate for rate in inner if shares[rate] < KEPT_SHARE), None)
     passing = max((rate for rate in inner if failing is None or rate < failing), default=None)
@@ -170,14 +257,23 @@ def next_rate(metric: Metric, outcomes: Mapping[float, np.ndarray], resolution: 
     return inverse_logit((logit(passing) + logit(failing)) / 2)
 
 
-def tolerated_interval(metric: Metric, outcomes: Mapping[float, np.ndarray]) -> Interval:
-    """Where the kept share first falls below 95%, interpolated on log(p/(1-p)), with its interval."""
-    shares = {rate: share for rate, share in kept_shares(metric, outcomes).items() if LOWEST <= rate <= HIGHEST}
+def tolerated_interval(metric: Metric, outcomes: Mapping[float, np.ndarray], floor: Floor | None = None) -> Interval:
+    """Where the share kept above the floor first falls below 95%, interpolated on log(p/(1-p)), with its interval.
+
+    Missing values where the untouched model is not clearly above the floor (as in `kept_shares`).
+    """
+    kept = kept_shares(metric, outcomes, floor)
+    floor = _floor(outcomes, floor)
+    if not clearly_above(metric, outcomes, floor):
+        return Interval(math.nan, math.nan, math.nan)
+    shares = {rate: share for rate, share in kept.items() if LOWEST <= rate <= HIGHEST}
     resamples = two_way_resamples(
         max(len(outcomes[rate]) for rate in shares), outcomes[0.0].shape[1], block=metric.block
     )
-    untouched = resampled_means(outcomes[0.0], resamples)
-    samples = np.array([metric.kept_share(resampled_means(outcomes[rate], resamples), untouched) for rate in shares])
+    means = partial(resampled_means, resamples=resamples)
+    untouched = means(outcomes[0.0])
+    left = _left_at_floor(metric, floor, means, untouched)
+    samples = np.array([_above(metric.kept_share(means(outcomes[rate]), untouched), left) for rate in shares])
     scale = [logit(rate) for rate in shares]
     crossings = np.array([crossing(scale, column) for column in samples.T])
     value, low, high = percentile_interval(crossing(scale, np.array(list(shares.values()))), crossings)
