@@ -24,7 +24,7 @@ from PIL import Image
 from delta_analysis.checkpoints import file_hashes, sha256, versions, written_whole
 from delta_analysis.deltas import editable_shapes, in_scope, load_delta
 from delta_analysis.evaluation import Evaluation
-from delta_analysis.sweeps import END, HIGHEST, LOWEST, Interval, Pair
+from delta_analysis.sweeps import END, HIGHEST, LOWEST, NONE, Interval, Pair
 
 
 def say(sentence: str) -> None:
@@ -168,18 +168,20 @@ def table(frame: pd.DataFrame, digits: int = 2) -> pd.DataFrame:
 
 
 def drop_rate_text(p: float) -> str:
-    """A drop rate with as many digits as tell it from 1; at the ends of the search, a bound.
+    """A drop rate with as many digits as tell it from 1; at the ends of the search, a bound; none if it is missing.
 
     Examples
     --------
     >>> drop_rate_text(0.5), drop_rate_text(0.98712)
     ('0.50', '0.987')
-    >>> drop_rate_text(0.999)
-    'at least 0.999'
+    >>> drop_rate_text(HIGHEST), drop_rate_text(math.nan)
+    ('at least 0.99995', 'none')
     """
+    if math.isnan(p):
+        return NONE
     if p >= HIGHEST - END or p <= LOWEST + END:
-        return f"at least {HIGHEST:g}" if p > LOWEST + END else f"at most {LOWEST:g}"
-    return f"{p:.2f}" if p < 0.95 else f"{p:.3f}" if p < 0.995 else f"{p:.4f}"
+        return f"at least {HIGHEST:.5f}" if p > LOWEST + END else f"at most {LOWEST:g}"
+    return f"{p:.2f}" if p < 0.95 else f"{p:.3f}" if p < 0.995 else f"{p:.4f}" if p < 0.9995 else f"{p:.5f}"
 
 
 def write_results(

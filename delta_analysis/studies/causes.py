@@ -124,7 +124,7 @@ def damaging_rate(cells: pd.DataFrame, *, kept: float = 0.5) -> float:
     Parameters
     ----------
     cells : rows of `sweep` for one pair, method and metric, drop rate 0 and one in (0, 1) among them.
-    kept : a share of the untouched metric, in [0, 1].
+    kept : a share of what the untouched model has above what is left at drop rate 1, in [0, 1].
 
     Raises
     ------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -106,36 +106,56 @@ def measure_tolerance(
         # A window that is too wide for the ends of the search is an error now, not in the middle.
         at_drop_rate(edit, rate)
     judges = {pair: _only_one(pair, evaluations) for pair in pairs}
-    outcomes: dict[Pair, dict[float, np.ndarray]] = {pair: {} for pair in pairs}
-    wanted: dict[Pair, list[float]] = {pair: sorted({0.0, *drop_rates}) for pair in pairs}
-    tables: list[pd.DataFrame] = []
-    metrics: dict[Pair, Metric] = {}
+    judged = partial(judge, out_dir=out_dir, executor=executor, device=device, progress=progress)
     try:
-        dropped = [Cell(pair, Edit(Dare(1.0)), seeds[0], judges[pair]) for pair in pairs]
-        bases = judge(dropped, out_dir, executor, device=device, progress=progress)
-        floors = {
-            pair: Floor(outcome_matrix(first_metric(bases[bases["pair"] == pair.name])), chance_of(judges[pair]))
-            for pair in pairs
-        }
-        while any(wanted.values()):
-            asked = [
-                Cell(pair, at_drop_rate(edit, rate), seed, judges[pair])
-                for pair, rates in wanted.items()
-                for rate in rates
-                for seed in useful_seeds(at_drop_rate(edit, rate).pruner, seeds)
-            ]
-            tables.append(judge(asked, out_dir, executor, device=device, progress=progress))
-            for pair, rates in wanted.items():
-                here = first_metric(tables[-1][tables[-1]["pair"] == pair.name])
-                if rates:
-                    metrics[pair] = metric_named(here["metric"].iloc[0])
-                    outcomes[pair] |= {rate: outcome_matrix(here[here["drop_rate"] == rate]) for rate in rates}
-            rates_next = {pair: next_rate(metrics[pair], outcomes[pair], resolution, floors[pair]) for pair in pairs}
-            wanted = {pair: [] if rate is None else [rate] for pair, rate in rates_next.items()}
+        return _search(edit, judges, seeds, judged, {0.0, *drop_rates}, resolution)
     finally:
         release()
-    found = [_tolerance(pair, edit, metrics[pair], outcomes[pair], floors[pair]) for pair in pairs]
+
+
+def _search(
+    edit: Edit,
+    judges: Mapping[Pair, Evaluation],
+    seeds: Sequence[int],
+    judged: Callable[[Sequence[Cell]], pd.DataFrame],
+    start: Collection[float],
+    resolution: float,
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Both tables of `measure_tolerance`."""
+    floors = _floors(judges, judged)
+    outcomes: dict[Pair, dict[float, np.ndarray]] = {pair: {} for pair in judges}
+    wanted: dict[Pair, list[float]] = {pair: sorted(start) for pair in judges}
+    tables: list[pd.DataFrame] = []
+    metrics: dict[Pair, Metric] = {}
+    while any(wanted.values()):
+        tables.append(
+            judged(
+                [
+                    Cell(pair, at_drop_rate(edit, rate), seed, judges[pair])
+                    for pair, rates in wanted.items()
+                    for rate in rates
+                    for seed in useful_seeds(at_drop_rate(edit, rate).pruner, seeds)
+                ]
+            )
+        )
+        for pair, rates in wanted.items():
+            here = first_metric(tables[-1][tables[-1]["pair"] == pair.name])
+            if rates:
+                metrics[pair] = metric_named(here["metric"].iloc[0])
+                outcomes[pair] |= {rate: outcome_matrix(here[here["drop_rate"] == rate]) for rate in rates}
+        following = {pair: next_rate(metrics[pair], outcomes[pair], resolution, floors[pair]) for pair in judges}
+        wanted = {pair: [] if rate is None else [rate] for pair, rate in following.items()}
+    found = [_tolerance(pair, edit, metrics[pair], outcomes[pair], floors[pair]) for pair in judges]
     return pd.DataFrame(found), pd.concat(tables, ignore_index=True)
+
+
+def _floors(judges: Mapping[Pair, Evaluation], judged: Callable[[Sequence[Cell]], pd.DataFrame]) -> dict[Pair, Floor]:
+    """The floor of each pair, with the whole delta dropped whatever the scope."""
+    table = judged([Cell(pair, Edit(Dare(1.0)), 0, evaluation) for pair, evaluation in judges.items()])
+    return {
+        pair: Floor(outcome_matrix(first_metric(table[table["pair"] == pair.name])), chance_of(evaluation))
+        for pair, evaluation in judges.items()
+    }
 
 
 def _tolerance(
@@ -148,9 +168,7 @@ def _tolerance(
         "pair": pair.name,
         "method": edit.pruner.method,
         "scope": edit.scope,
-        "tolerated": found.value,
-        "low": found.low,
-        "high": found.high,
+        **dict(zip(("tolerated", "low", "high"), found, strict=True)),
         "reading": reading(found.value),
         "open_low": found.low <= LOWEST + END,
         "open_high": found.high >= HIGHEST - END,

@@ -15,14 +15,14 @@ from delta_analysis.checkpoints.provenance import content_hash
 from delta_analysis.deltas.selection import editable_shapes, in_scope
 from delta_analysis.prediction.predict import calibration_file, calibration_table
 from delta_analysis.reports import calibration
-from delta_analysis.reports.calibration import PARTS, groups, main, measure
+from delta_analysis.reports.calibration import PARTS, TOLERANCE, groups, main, measure, tolerance
 from delta_analysis.reports.family import SIZES, Relation, task_pairs, trail
 from delta_analysis.reports.parameter_checks import choose_evaluation
 from delta_analysis.studies.foresight import NOISE, NORMS, PREDICTORS, VALUES, delta_predictors
-from delta_analysis.sweeps import Edit
+from delta_analysis.sweeps import Edit, logit
 
 ORIGIN = ["base", "finetuned", "kind", "task", "numel", "base_hash", "finetuned_hash"]
-COLUMNS = [*ORIGIN, "scope", "untouched", "tolerated", "low", "high", *NOISE, *NORMS, *VALUES]
+COLUMNS = [*ORIGIN, "scope", *TOLERANCE, *NOISE, *NORMS, *VALUES]
 
 
 def test_all_sizes_the_trail_and_the_encoder_are_measured() -> None:
@@ -61,7 +61,7 @@ def test_the_size_small_is_measured_in_every_layer() -> None:
 
 def test_the_committed_table_is_what_is_measured() -> None:
     table = calibration_table()
-    assert list(table.columns) == [*COLUMNS, "group"]
+    assert set(table.columns) <= {*COLUMNS, "group"}
     wanted = [
         (relation.base, relation.finetuned, relation.kind, relation.task, scope, name)
         for name, relations, scopes in groups()
@@ -75,7 +75,8 @@ def test_the_committed_table_is_what_is_measured() -> None:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few questions and seeds, and a search of a few steps."""
-    for constant, value in {"SEEDS": (0, 1), "QUESTIONS": 16, "TEXTS": 4, "RESOLUTION": 4.0}.items():
+    few = {"SEEDS": (0, 1), "QUESTIONS": 16, "COARSE_SEEDS": (0,), "COARSE_QUESTIONS": 8, "TEXTS": 4, "RESOLUTION": 2.0}
+    for constant, value in few.items():
         monkeypatch.setattr(calibration, constant, value)
 
 
@@ -99,20 +100,21 @@ def test_a_pair_measured_in_two_scopes(tmp_path: Path, capsys: pytest.CaptureFix
     evaluation = choose_evaluation(relation.task, 16)
     expected = delta_predictors(delta, ["mlp", "norms"], evaluation.texts[:4])
     pd.testing.assert_frame_equal(found[expected.columns].reset_index(drop=True), expected)
-    # The tolerance is that of the search itself, and measuring again runs no cell.
+    # Measuring again runs no cell.
     cells = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.parquet")}
-    (tolerance,) = da.measure_tolerance(
-        [da.Pair("x", relation.base, relation.finetuned)],
-        Edit(da.Dare(0.5), "mlp"),
-        [evaluation],
-        (0, 1),
-        tmp_path,
-        resolution=4.0,
-    )[0].to_dict("records")
-    assert found["tolerated"].iloc[0] == tolerance["tolerated"]
     pd.testing.assert_frame_equal(measure([relation], ["mlp", "norms"], tmp_path), found)
     assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.parquet")} == cells
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.usefixtures("small")
+def test_the_search_that_begins_near_the_answer_finds_what_one_from_the_ends_does(tmp_path: Path) -> None:
+    pair, evaluation = task_pairs("tiny")[3].pair, choose_evaluation("code", 16)
+    near = tolerance(pair, "code", "mlp", tmp_path)
+    (far, _) = da.measure_tolerance(
+        [pair], Edit(da.Dare(0.5), "mlp"), [evaluation], (0, 1), tmp_path / "far", resolution=0.25
+    )
+    assert logit(near["tolerated"][0]) == pytest.approx(logit(far["tolerated"][0]), abs=0.5)
 
 
 @pytest.fixture

@@ -75,7 +75,9 @@ def test_sentences_are_shown_as_text(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [each.data for each in shown] == ["A **finding**."]
 
 
-@pytest.mark.parametrize(("p", "text"), [(0.5, "0.50"), (0.96, "0.960"), (0.9981, "0.9981"), (0.001, "at most 0.001")])
+@pytest.mark.parametrize(
+    ("p", "text"), [(0.5, "0.50"), (0.96, "0.960"), (0.9981, "0.9981"), (0.99981, "0.99981"), (0.001, "at most 0.001")]
+)
 def test_drop_rates_near_one_keep_their_digits(p: float, text: str) -> None:
     assert drop_rate_text(p) == text
 

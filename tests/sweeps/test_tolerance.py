@@ -18,14 +18,19 @@ from scipy.special import expit, ndtri
 from scipy.special import logit as scipy_logit
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from delta_analysis.evaluation import Classification, ExactMatch, Labelled, Question
 from delta_analysis.pruning.pruners import Dare, Magnitude, MagPrune, Pruner
 from delta_analysis.sweeps import pairs as editable
 from delta_analysis.sweeps.engine import Evaluations, SweepError, sweep
 from delta_analysis.sweeps.intervals import MEAN, PERPLEXITY, Interval, Metric, inverse_logit, logit
 from delta_analysis.sweeps.pairs import Edit, EditablePair, Pair
 from delta_analysis.sweeps.tolerance import (
+    HIGHEST,
     KEPT_SHARE,
+    LOWEST,
     RESOLUTION,
+    Floor,
+    chance_of,
     crossing,
     kept_shares,
     measure_tolerance,
@@ -41,6 +46,7 @@ Outcomes = dict[float, np.ndarray]
 
 def test_the_constants_are_those_of_the_definition() -> None:
     assert KEPT_SHARE == 0.95
+    assert (LOWEST, scipy_logit(HIGHEST)) == pytest.approx((0.001, 10))
     assert 0 < RESOLUTION <= 0.25
 
 
@@ -122,6 +128,44 @@ def test_untouched_model_has_to_answer_something(function: Callable[..., object]
         function(MEAN, outcomes)
 
 
+def test_shares_are_of_what_lies_above_the_floor() -> None:
+    """Of 20 items 18 are right in the untouched model, 8 with all dropped, and 17, 13 and 6 at three rates."""
+
+    def right(count: int) -> np.ndarray:
+        return (np.arange(20) < count).astype(float)[None]
+
+    outcomes = {0.0: right(18), 0.3: right(17), 0.5: right(13), 0.9: right(6), 1.0: right(8)}
+    expected = {0.0: 1.0, 0.3: 0.9, 0.5: 0.5, 0.9: -0.2, 1.0: 0.0}
+    assert kept_shares(MEAN, outcomes) == pytest.approx(expected)
+    # A floor of another scope counts instead, and chance where it is more.
+    assert kept_shares(MEAN, outcomes, Floor(right(3)))[0.5] == pytest.approx(10 / 15)
+    assert kept_shares(MEAN, outcomes, Floor(right(3), chance=0.5))[0.5] == pytest.approx(3 / 8)
+    losses = {0.0: np.array([[1.0]]), 0.5: np.array([[1.5]]), 1.0: np.array([[2.0]])}
+    e = math.exp
+    assert kept_shares(PERPLEXITY, losses)[0.5] == pytest.approx((e(-1.5) - e(-2)) / (e(-1) - e(-2)))
+
+
+@pytest.mark.parametrize(("right_at_floor", "chance"), [(90, 0.0), (97, 0.0), (20, 0.86), (20, 0.95)])
+def test_there_is_no_tolerance_where_the_fine_tune_is_not_clearly_above_the_floor(
+    right_at_floor: int, chance: float
+) -> None:
+    def right(count: int) -> np.ndarray:
+        # Which items are right with all dropped has nothing to do with which are now.
+        return np.random.default_rng(count).permutation(100)[None] < count
+
+    outcomes = {0.0: right(92).astype(float), 0.5: right(50).astype(float)}
+    floor = Floor(right(right_at_floor).astype(float), chance)
+    assert next_rate(MEAN, outcomes, floor=floor) is None
+    assert np.isnan(tolerated_interval(MEAN, outcomes, floor)).all()
+    assert next_rate(MEAN, outcomes, floor=Floor(right(60).astype(float), 0.6)) is not None
+
+
+def test_chance_is_what_the_most_frequent_label_is_worth() -> None:
+    examples = tuple(Labelled(text, label) for text, label in (("a", 0), ("b", 2), ("c", 2), ("d", 1), ("e", 2)))
+    assert chance_of(Classification(examples)) == 0.6
+    assert chance_of(ExactMatch((Question("1+1=", "2"),))) == 0
+
+
 def test_perplexity_of_a_perfect_model_is_no_error() -> None:
     assert kept_shares(PERPLEXITY, {0.0: np.zeros((1, 3))}) == {0.0: 1.0}
 
@@ -131,7 +175,7 @@ def bisect(metric: Metric, outcomes: Outcomes, judge: Callable[[float], np.ndarr
     asked: list[float] = []
     while (rate := next_rate(metric, outcomes)) is not None:
         assert rate not in outcomes, "asked twice"
-        assert 0.001 <= rate <= 0.999
+        assert LOWEST <= rate <= HIGHEST
         assert len(asked) < 20, "bisection does not end"
         outcomes[rate] = judge(rate)
         asked.append(rate)
@@ -143,15 +187,15 @@ def accuracy_step(threshold: float) -> Callable[[float], np.ndarray]:
 
 
 def loss_step(threshold: float) -> Callable[[float], np.ndarray]:
-    # exp(-0.06) = 0.942: just lost.
-    return lambda rate: np.full((1, 10), 2.0 if rate <= threshold else 2.06)
+    # With the loss of 2.5 that all dropping makes as the floor, 0.85 is kept; without, exp(-0.06) = 0.942.
+    return lambda rate: np.full((1, 10), 2.0 if rate <= threshold else 2.06 if rate < 1 else 2.5)
 
 
 STARTS = {
     "untouched only": [0.0],
     "ends": [0.0, 1.0],
     "sweep": [0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 0.95, 0.99, 1.0],
-    "beyond the limits": [0.0, 0.0005, 0.5, 0.9999],
+    "beyond the limits": [0.0, 0.0005, 0.5, 0.99999],
 }
 STEPS = [(MEAN, accuracy_step), (PERPLEXITY, loss_step)]
 
@@ -173,7 +217,7 @@ def test_bisection_finds_a_known_threshold(
     passing = max(rate for rate in outcomes if rate <= threshold)
     failing = min(rate for rate in outcomes if rate > threshold)
     assert logit(failing) - logit(passing) <= RESOLUTION
-    # From 0.001 to 0.999 are 13.8 on the scale: two limits and seven halvings.
+    # From end to end are 16.9 on the scale: two limits and seven halvings.
     assert len(asked) <= 9
     interval = tolerated_interval(metric, outcomes)
     assert passing <= interval.value * (1 + 1e-12)
@@ -186,7 +230,7 @@ def test_bisection_finds_a_known_threshold(
 
 @pytest.mark.parametrize("start", STARTS.values(), ids=STARTS)
 @pytest.mark.parametrize(("metric", "step"), STEPS, ids=["accuracy", "perplexity"])
-@pytest.mark.parametrize(("threshold", "limit"), [(0.0001, 0.001), (0.9995, 0.999), (1.0, 0.999)])
+@pytest.mark.parametrize(("threshold", "limit"), [(0.0001, LOWEST), (0.99999, HIGHEST)])
 def test_thresholds_beyond_the_limits_are_reported_as_the_limits(
     metric: Metric,
     step: Callable[[float], Callable[[float], np.ndarray]],
@@ -211,7 +255,7 @@ def test_bisection_halves_on_the_logit_scale() -> None:
 def test_narrow_bracket_asks_for_nothing() -> None:
     outcomes = {0.0: np.ones((1, 4)), 0.5: np.ones((3, 4)), expit(RESOLUTION - 0.001): np.zeros((3, 4))}
     assert next_rate(MEAN, outcomes) is None
-    assert next_rate(MEAN, {**outcomes, expit(RESOLUTION - 0.001): np.ones((3, 4))}) == 0.999
+    assert next_rate(MEAN, {**outcomes, expit(RESOLUTION - 0.001): np.ones((3, 4))}) == HIGHEST
     assert (
         next_rate(MEAN, {0.0: np.ones((1, 4)), 0.5: np.ones((3, 4)), expit(RESOLUTION + 0.001): np.zeros((3, 4))})
         is not None
@@ -229,9 +273,9 @@ def test_mean_over_seeds_decides() -> None:
     # 0.96 kept in the mean, although one of two seeds is below 0.95.
     lost_in_one = np.ones((2, 25))
     lost_in_one[0, :2] = 0
-    shares = {0.0: np.ones((1, 25)), 0.999: lost_in_one}
+    shares = {0.0: np.ones((1, 25)), HIGHEST: lost_in_one}
     assert next_rate(MEAN, shares) is None
-    assert tolerated_interval(MEAN, shares).value == pytest.approx(0.999)
+    assert tolerated_interval(MEAN, shares).value == pytest.approx(HIGHEST)
 
 
 def test_model_whose_loss_is_not_a_number_is_broken() -> None:
@@ -367,10 +411,12 @@ def test_tolerance_of_pairs_with_known_thresholds(sources: tuple[str, str], tmp_
     evaluations = {name: [KeepsUntil(threshold)] for name, threshold in thresholds.items()}
     tolerances, cells = measure_tolerance(pairs, Dare(0.5), evaluations, SEEDS, tmp_path, drop_rates=GRID)
     assert list(tolerances.columns) == [
-        "pair", "method", "scope", "tolerated", "low", "high", "untouched", "kept_at_1",
+        "pair", "method", "scope", "tolerated", "low", "high", "reading", "open_low", "open_high", "untouched", "floor",
     ]  # fmt: skip
     assert tolerances["pair"].tolist() == list(thresholds)
-    assert tolerances[["method", "scope", "untouched"]].drop_duplicates().to_numpy().tolist() == [["DARE", "all", 1.0]]
+    assert tolerances[["method", "scope", "reading", "untouched", "floor"]].drop_duplicates().to_numpy().tolist() == [
+        ["DARE", "all", "measured", 1.0, 0.0]
+    ]
     for row in tolerances.itertuples():
         # The share of zeros that a mask makes of 6208 entries is itself off by up to 0.1 on the scale.
         assert logit(row.tolerated) == pytest.approx(logit(thresholds[row.pair]), abs=RESOLUTION + 0.1)
@@ -399,37 +445,37 @@ def test_a_second_measurement_runs_nothing(pair: Pair, tmp_path: Path) -> None:
     sweep([pair], [Dare(rate) for rate in (0.0, *GRID)], evaluations, SEEDS, tmp_path)
     swept = len(log.read_text().split())
     assert swept == 1 + 3 * len(SEEDS)
+    floor = 1
     first, cells = measure_tolerance([pair], Dare(0.2), evaluations, SEEDS, tmp_path, drop_rates=GRID)
     called = len(log.read_text().split())
     # What the sweep has is not judged again: only drop rates between 0.5 and 0.9.
-    assert called == len(cells)
-    assert cells["drop_rate"].between(0.5, 0.9).sum() == called - 1 - len(SEEDS)
+    assert called == len(cells) + floor
+    assert cells["drop_rate"].between(0.5, 0.9).sum() == len(cells) - 1 - len(SEEDS)
     second, same = measure_tolerance([pair], Dare(0.3), evaluations, SEEDS, tmp_path, drop_rates=GRID)
     assert len(log.read_text().split()) == called
     pd.testing.assert_frame_equal(first, second)
     pd.testing.assert_frame_equal(cells, same)
 
 
-@pytest.mark.parametrize("start", [[], [0], [0.0005, 0.9999], [0.5, 0.5, 0.1], [0.69, 0.71], [1.0, 0.0]], ids=str)
+@pytest.mark.parametrize("start", [[], [0.0005, 0.99999], [0.5, 0.5, 0.1, 0], [0.69, 0.71], [1.0]], ids=str)
 def test_any_drop_rates_may_come_first(pair: Pair, tmp_path: Path, start: list[float]) -> None:
     tolerances, cells = measure_tolerance([pair], Dare(0.5), [KeepsUntil(0.7)], SEEDS, tmp_path, drop_rates=start)
     assert logit(tolerances["tolerated"][0]) == pytest.approx(logit(0.7), abs=RESOLUTION + 0.1)
     assert {0.0, *start} <= set(cells["drop_rate"])
     assert not cells.duplicated(["drop_rate", "seed"]).any()
-    assert tolerances["kept_at_1"].to_numpy() == pytest.approx([0.0 if 1 in start else math.nan], nan_ok=True)
 
 
 def test_only_the_scope_is_dropped(pair: Pair, tmp_path: Path) -> None:
     found = {
-        scope: measure_tolerance([pair], Edit(Dare(0.5), scope), [KeepsUntil(0.6)], SEEDS, tmp_path, drop_rates=[1.0])
+        scope: measure_tolerance([pair], Edit(Dare(0.5), scope), [KeepsUntil(0.6)], SEEDS, tmp_path)
         for scope in ("embeddings", "mlp,norms")
     }
     rows = {scope: tolerances.loc[0] for scope, (tolerances, _) in found.items()}
     assert logit(rows["embeddings"]["tolerated"]) == pytest.approx(logit(0.6), abs=RESOLUTION + 0.1)
-    assert rows["embeddings"]["kept_at_1"] == 0
-    # Embeddings stay whole, so that all else may go.
-    assert rows["mlp,norms"]["tolerated"] == pytest.approx(0.999)
-    assert rows["mlp,norms"]["kept_at_1"] == 1
+    # Embeddings stay whole, so that all else may go: a bound. The floor is that of the whole delta.
+    assert rows["mlp,norms"]["tolerated"] == pytest.approx(HIGHEST)
+    assert rows["mlp,norms"][["reading", "open_low", "open_high", "floor"]].tolist() == ["at least", False, True, 0]
+    assert rows["embeddings"][["reading", "open_low", "open_high", "floor"]].tolist() == ["measured", False, False, 0]
     for scope, (tolerances, cells) in found.items():
         assert tolerances["scope"].tolist() == [scope]
         assert set(cells["scope"]) == {scope}
@@ -447,14 +493,15 @@ def test_the_untouched_model_is_untouched_whatever_the_factor(pair: Pair, tmp_pa
     tolerances, cells = measure_tolerance([pair], pruner, [Largest()], SEEDS, tmp_path, drop_rates=[0.5])
     assert tolerances["untouched"].tolist() == [0.5]
     assert tolerances["method"].tolist() == [pruner.method]
-    assert set(cells.loc[cells["drop_rate"] > 0, "value"]) == {2.0}
+    assert set(cells.loc[cells["drop_rate"] == 0.5, "value"]) == {2.0}
 
 
 def test_perplexity_is_measured_too(pair: Pair, tmp_path: Path) -> None:
     tolerances, cells = measure_tolerance([pair], Dare(0.5, "none"), [LossOfZeros()], SEEDS, tmp_path)
-    # The loss is 1 + the share of zeros, and exp(-share) = 0.95 at 0.0513.
-    assert logit(tolerances["tolerated"][0]) == pytest.approx(logit(-math.log(0.95)), abs=0.1)
-    assert tolerances["untouched"][0] == pytest.approx(math.e)
+    # The loss is 1 + the share of zeros; exp(-share) is to be 0.95, and 0.05 of exp(-1), which all dropping leaves.
+    expected = -math.log(0.95 + 0.05 / math.e)
+    assert logit(tolerances["tolerated"][0]) == pytest.approx(logit(expected), abs=0.1)
+    assert tolerances[["untouched", "floor"]].to_numpy()[0] == pytest.approx([math.e, math.e**2])
     assert set(cells["metric"]) == {"perplexity"}
 
 
@@ -496,7 +543,7 @@ def test_a_window_too_wide_for_the_ends_of_the_search_is_refused_at_once(pair: P
     with pytest.raises(ValueError, match="window"):
         measure_tolerance([pair], MagPrune(0.5, 0.2), [evaluation], SEEDS, tmp_path, drop_rates=[0.5])
     assert not (tmp_path / "calls").exists()
-    tolerances, _ = measure_tolerance([pair], MagPrune(0.5, 0.001), [evaluation], [0], tmp_path, drop_rates=[0.5])
+    tolerances, _ = measure_tolerance([pair], MagPrune(0.5, 0.00005), [evaluation], [0], tmp_path, drop_rates=[0.5])
     assert logit(tolerances["tolerated"][0]) == pytest.approx(logit(0.7), abs=RESOLUTION + 0.1)
 
 
@@ -540,7 +587,7 @@ def test_cells_that_fail_are_an_error(pair: Pair, tmp_path: Path) -> None:
         measure_tolerance([pair], Dare(0.5), [Fails(str(cause))], SEEDS, tmp_path)
     cause.unlink()
     tolerances, _ = measure_tolerance([pair], Dare(0.5), [Fails(str(cause))], SEEDS, tmp_path)
-    assert tolerances["tolerated"].to_numpy() == pytest.approx([0.999])
+    assert tolerances["reading"].tolist() == ["none"]
 
 
 def test_large_pairs_are_let_go_after_cells_that_fail(
@@ -568,15 +615,15 @@ def test_a_tolerance_beyond_the_search_leaves_the_difference_open_on_its_side() 
     def at(value: float, low: float, high: float) -> pd.Series:
         return pd.Series({"tolerated": value, "low": low, "high": high})
 
-    known, above, below = at(0.5, 0.4, 0.6), at(0.999, 0.999, 0.999), at(0.001, 0.001, 0.001)
-    to_highest, spread = logit(0.999), logit(0.6)
+    known, above, below = at(0.5, 0.4, 0.6), at(HIGHEST, HIGHEST, HIGHEST), at(LOWEST, LOWEST, LOWEST)
+    to_highest, to_lowest, spread = 10, logit(LOWEST), logit(0.6)
     assert tolerance_difference(above, known) == pytest.approx((to_highest, to_highest - spread, math.inf))
     assert tolerance_difference(known, above) == pytest.approx((-to_highest, -math.inf, spread - to_highest))
-    assert tolerance_difference(below, known) == pytest.approx((-to_highest, -math.inf, spread - to_highest))
-    assert tolerance_difference(above, below) == pytest.approx((2 * to_highest, 2 * to_highest, math.inf))
+    assert tolerance_difference(below, known) == pytest.approx((to_lowest, -math.inf, spread + to_lowest))
+    assert tolerance_difference(above, below) == pytest.approx((10 - to_lowest, 10 - to_lowest, math.inf))
     assert tolerance_difference(above, above) == (0, -math.inf, math.inf)
     # An interval that reaches an end is open there, wherever the tolerance itself is.
-    reaching = tolerance_difference(at(0.5, 0.4, 0.999), known)
+    reaching = tolerance_difference(at(0.5, 0.4, HIGHEST), known)
     assert reaching == pytest.approx((0, -math.hypot(spread, spread), math.inf))
     assert tolerance_difference(at(0.5, 0.001, 0.6), known).low == -math.inf
 
