@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ import torch
 from delta_analysis.merging.average import Average
 from delta_analysis.merging.della import Della
 from delta_analysis.merging.merger import TRIMMING, Merger, Pruned, Tensors, merge_label, source_seed
-from delta_analysis.merging.methods import MergeMethod, Parts, Statistic
+from delta_analysis.merging.methods import MergeMethod, Parts
 from delta_analysis.merging.task_arithmetic import TaskArithmetic
 from delta_analysis.merging.ties import Ties
 from delta_analysis.pruning.pruners import Dare, Magnitude, MagPrune, Pruner, bind
@@ -33,16 +33,13 @@ BASE, DELTAS = tensors(0), [tensors(10), tensors(20), tensors(30)]
 
 
 @dataclass(frozen=True)
-class Shown:
+class Shown(MergeMethod):
     """A method that keeps what it was handed."""
 
     trim: Pruner | None = None
-    statistic: Statistic = ""
     scaling: float = 1.0
-    label: str = "shown"
     seen: list[Parts] = field(default_factory=list, compare=False)
-
-    def check(self, weights: tuple[float, ...]) -> None: ...
+    label = "shown"
 
     def __call__(self, parts: Parts) -> torch.Tensor:
         self.seen.append(parts)
@@ -53,7 +50,7 @@ class Shown:
 class ShownBase(Shown):
     """One that has to see the base too."""
 
-    reads_base: Literal[True] = True
+    reads_base = True
 
 
 class Counted(Mapping[str, torch.Tensor]):
@@ -205,7 +202,7 @@ def test_a_delta_without_a_tensor_leaves_it_alone() -> None:
 
 
 def test_statistics_are_those_of_every_delta_or_of_none() -> None:
-    shown = Shown(statistic="fisher")
+    shown = Shown()
     known: list[Tensors] = [{"w": normal(6, 5, seed=k), "v": normal(7, seed=k)} for k in (1, 2, 3)]
     found = handed(shown, merger(shown, statistics=known)).statistics
     assert found is not None
