@@ -3,7 +3,7 @@
 from delta_analysis.checkpoints.checkpoint import Checkpoint, Source, open_checkpoint, tokenizer_folder
 from delta_analysis.checkpoints.configs import config_differences
 from delta_analysis.checkpoints.hub import TOKENIZER
-from delta_analysis.checkpoints.lora import STORED_WHOLE, LowRank
+from delta_analysis.checkpoints.lora import STORED_WHOLE, LoraProduct
 from delta_analysis.checkpoints.names import (
     NO_LAYER,
     bare_name,
@@ -15,7 +15,7 @@ from delta_analysis.checkpoints.names import (
 from delta_analysis.checkpoints.paths import find_input, find_root, resolve, sha256, written_whole, zoo_names
 from delta_analysis.checkpoints.provenance import content_hash, file_hashes, versions
 from delta_analysis.checkpoints.published import PREFIX, known_pairs, pair_sources
-from delta_analysis.checkpoints.tensors import Entry, Held, Stored
+from delta_analysis.checkpoints.tensors import InFile, InMemory, TensorReference
 
 __all__ = [
     "NO_LAYER",
@@ -23,11 +23,11 @@ __all__ = [
     "STORED_WHOLE",
     "TOKENIZER",
     "Checkpoint",
-    "Entry",
-    "Held",
-    "LowRank",
+    "InFile",
+    "InMemory",
+    "LoraProduct",
     "Source",
-    "Stored",
+    "TensorReference",
     "bare_name",
     "config_differences",
     "content_hash",

@@ -14,11 +14,11 @@ from delta_analysis.checkpoints.configs import text_settings
 from delta_analysis.checkpoints.files import not_floating
 from delta_analysis.checkpoints.folders import read_config, read_folder
 from delta_analysis.checkpoints.hub import fetch_tokenizer, fetch_weights, parse_hub_id
-from delta_analysis.checkpoints.lora import LowRank, adapter_entries, is_adapter
+from delta_analysis.checkpoints.lora import LoraProduct, adapter_differences, is_adapter
 from delta_analysis.checkpoints.names import input_embedding, output_head, reading_order
 from delta_analysis.checkpoints.paths import zoo_model
 from delta_analysis.checkpoints.published import PREFIX as PAIR
-from delta_analysis.checkpoints.tensors import Entry, Held, Stored
+from delta_analysis.checkpoints.tensors import InFile, InMemory, TensorReference
 
 Source = str | Path | torch.nn.Module
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -39,7 +39,7 @@ class Checkpoint(Mapping[str, torch.Tensor]):
     ----------
     source : what was asked for: a path, a hub id, `zoo:small/base`, or the class of a module.
     path : the directory or file that it is, None for a module.
-    entries : name -> where the weight comes from: its shape, dtype and place.
+    references : name -> where the weight comes from: its shape, dtype and place.
     skipped : name -> why a stored tensor is no weight of its own (an integer buffer, a second name
         of the same memory, an output head tied to the embeddings and equal to them, a whole weight
         inside an adapter).
@@ -50,27 +50,27 @@ class Checkpoint(Mapping[str, torch.Tensor]):
 
     source: str
     path: Path | None
-    entries: dict[str, Entry] = field(repr=False)
+    references: dict[str, TensorReference] = field(repr=False)
     skipped: dict[str, str] = field(repr=False)
     config: dict[str, Any] = field(repr=False)
     is_delta: bool = False
     beside: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return self.entries[name].read()
+        return self.references[name].read()
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.entries)
+        return iter(self.references)
 
     def __len__(self) -> int:
-        return len(self.entries)
+        return len(self.references)
 
     def __contains__(self, name: object) -> bool:
-        return name in self.entries
+        return name in self.references
 
     def files(self) -> list[Path]:
         """The weight files, sorted."""
-        return sorted({file for entry in self.entries.values() for file in entry.files})
+        return sorted({file for reference in self.references.values() for file in reference.files})
 
     @property
     def ties_head(self) -> bool:
@@ -111,13 +111,13 @@ def open_checkpoint(source: Source) -> Checkpoint:
         config = getattr(source, "config", None)
         if any(tensor.is_meta for tensor in source.parameters()):
             raise CheckpointError(f"{type(source).__name__}: has parameters without data; load its weights first")
-        held: dict[str, Entry] = {name: Held(tensor.detach()) for name, tensor in source.named_parameters()}
+        parameters = {name: InMemory(tensor.detach()) for name, tensor in source.named_parameters()}
         settings = config.to_dict() if config is not None and hasattr(config, "model_type") else {}
-        return _checkpoint(type(source).__name__, None, held, {}, settings)
+        return _checkpoint(type(source).__name__, None, parameters, {}, settings)
     path = find_checkpoint(source)
     if is_adapter(path):
-        entries, skipped = adapter_entries(path)
-        return replace(_checkpoint(str(source), path, entries, skipped, {}), is_delta=True)
+        references, skipped = adapter_differences(path)
+        return replace(_checkpoint(str(source), path, references, skipped, {}), is_delta=True)
     return _checkpoint(str(source), path, read_folder(path), {}, read_config(path))
 
 
@@ -155,48 +155,52 @@ def tokenizer_folder(checkpoint: Checkpoint) -> Path | None:
 
 
 def _checkpoint(
-    source: str, path: Path | None, found: Mapping[str, Entry], skipped: dict[str, str], config: dict[str, Any]
+    source: str,
+    path: Path | None,
+    found: Mapping[str, TensorReference],
+    skipped: dict[str, str],
+    config: dict[str, Any],
 ) -> Checkpoint:
-    factor = next((name for name, entry in found.items() if ".lora_" in name and not isinstance(entry, LowRank)), None)
-    if factor:
-        raise CheckpointError(
-            f"{path or source}: {factor!r} is a factor of an adapter; give the folder with its adapter_config.json"
-        )
-    buffers = {name: reason for name, entry in found.items() if (reason := _not_a_weight(source, name, entry))}
+    for name, reference in found.items():
+        if ".lora_" in name and not isinstance(reference, LoraProduct):
+            raise CheckpointError(
+                f"{path or source}: {name!r} is a factor of an adapter; give the folder with its adapter_config.json"
+            )
+    buffers = {name: reason for name, reference in found.items() if (reason := _not_a_weight(source, name, reference))}
     repeated = {name: f"tied to {first}, counted there" for name, first in _repeated(found).items()}
     apart = {**repeated, **buffers}
-    entries = {name: found[name] for name in sorted(found, key=reading_order) if name not in apart}
-    if not entries:
+    references = {name: found[name] for name in sorted(found, key=reading_order) if name not in apart}
+    if not references:
         raise CheckpointError(f"{path or source}: holds no weights ({len(buffers)} buffers); nothing to compare")
-    return _without_tied_head(Checkpoint(source, path, entries, {**skipped, **apart}, config))
+    return _without_tied_head(Checkpoint(source, path, references, {**skipped, **apart}, config))
 
 
-def _repeated(found: Mapping[str, Entry]) -> dict[str, str]:
+def _repeated(found: Mapping[str, TensorReference]) -> dict[str, str]:
     """Name -> the first name of the same memory: a `.bin` file has tied weights under each of their names."""
     first: dict[object, str] = {}
-    names = {name: first.setdefault(_place(entry) or name, name) for name, entry in found.items()}
+    names = {name: first.setdefault(_place(reference) or name, name) for name, reference in found.items()}
     return {name: earlier for name, earlier in names.items() if name != earlier}
 
 
-def _place(entry: Entry) -> object:
+def _place(reference: TensorReference) -> object:
     """Where the entries lie; None where there are none, or where they have to be computed."""
-    if isinstance(entry, Stored):
-        return replace(entry, name="") if entry.numel else None
-    if isinstance(entry, Held) and entry.tensor.data_ptr():
-        return entry.tensor.data_ptr(), entry.shape, entry.tensor.stride(), entry.dtype
+    if isinstance(reference, InFile):
+        return replace(reference, name="") if reference.numel else None
+    if isinstance(reference, InMemory) and reference.tensor.data_ptr():
+        return reference.tensor.data_ptr(), reference.shape, reference.tensor.stride(), reference.dtype
     return None
 
 
-def _not_a_weight(source: str, name: str, entry: Entry) -> str | None:
+def _not_a_weight(source: str, name: str, reference: TensorReference) -> str | None:
     """Why the tensor is a buffer, None if it is a weight; integer weights are an error."""
-    if name.endswith(BUFFERS) or (name.endswith(CAUSAL_MASKS) and len(entry.shape) == 4):
+    if name.endswith(BUFFERS) or (name.endswith(CAUSAL_MASKS) and len(reference.shape) == 4):
         return "buffer that the model computes, not a weight"
-    if entry.dtype in FLOAT_DTYPES:
+    if reference.dtype in FLOAT_DTYPES:
         return None
-    dtype = str(entry.dtype).removeprefix("torch.")
-    if entry.dtype in BUFFER_DTYPES and not name.endswith("weight"):
+    dtype = str(reference.dtype).removeprefix("torch.")
+    if reference.dtype in BUFFER_DTYPES and not name.endswith("weight"):
         return f"{dtype} buffer, not a weight"
-    raise not_floating(entry.files[0] if entry.files else Path(source), name, dtype)
+    raise not_floating(reference.files[0] if reference.files else Path(source), name, dtype)
 
 
 def _without_tied_head(checkpoint: Checkpoint) -> Checkpoint:
@@ -205,19 +209,19 @@ def _without_tied_head(checkpoint: Checkpoint) -> Checkpoint:
     if not (head and embedding and checkpoint.ties_head):
         return checkpoint
     # transformers keeps a stored head that differs from the embeddings, whatever the configuration says.
-    if not _equal(checkpoint.entries[head], checkpoint.entries[embedding]):
+    if not _equal(checkpoint.references[head], checkpoint.references[embedding]):
         return checkpoint
-    entries = {name: entry for name, entry in checkpoint.entries.items() if name != head}
+    references = {name: reference for name, reference in checkpoint.references.items() if name != head}
     return replace(
-        checkpoint, entries=entries, skipped={**checkpoint.skipped, head: f"tied to {embedding}, counted there"}
+        checkpoint, references=references, skipped={**checkpoint.skipped, head: f"tied to {embedding}, counted there"}
     )
 
 
-def _equal(one: Entry, other: Entry) -> bool:
+def _equal(one: TensorReference, other: TensorReference) -> bool:
     """Whether two tensors are equal, read piece by piece and no further than the first difference."""
     if one.shape != other.shape:
         return False
-    if not (isinstance(one, Stored) and isinstance(other, Stored) and one.strides is other.strides is None):
+    if not (isinstance(one, InFile) and isinstance(other, InFile) and one.strides is other.strides is None):
         return torch.equal(one.read(), other.read())
     stops = range(COMPARED_AT_ONCE, one.numel + COMPARED_AT_ONCE, COMPARED_AT_ONCE)
     pieces = ((stop - COMPARED_AT_ONCE, min(stop, one.numel)) for stop in stops)

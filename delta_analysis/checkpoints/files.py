@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from delta_analysis._errors import CheckpointError
 from delta_analysis.checkpoints.pickles import Storage, View, read_pickle
-from delta_analysis.checkpoints.tensors import Entry, Stored
+from delta_analysis.checkpoints.tensors import InFile, TensorReference
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -44,7 +44,7 @@ Contents = tuple[dict[str, View], dict[str, Place]]
 """The tensors by name, and the places of storages by key."""
 
 
-def read_header(file: Path) -> dict[str, Entry]:
+def read_header(file: Path) -> dict[str, TensorReference]:
     """The tensors of a `.safetensors` or `.bin` file by name, not yet read.
 
     Nothing in a pickle is executed: it is read as data, whether it lies in a zip archive or in the
@@ -55,18 +55,19 @@ def read_header(file: Path) -> dict[str, Entry]:
     CheckpointError
         A file that is damaged, or a pickle of anything but tensors.
     """
-    entries = _torch_header(file) if file.suffix == ".bin" else _safetensors_header(file)
-    for name, entry in entries.items():
+    references = _torch_header(file) if file.suffix == ".bin" else _safetensors_header(file)
+    for name, reference in references.items():
         # A tensor without entries may claim any lengths, and torch multiplies those that are not 0.
-        if len(entry.shape) > MOST_DIMENSIONS or math.prod(length or 1 for length in entry.shape) >= 2**63:
+        if len(reference.shape) > MOST_DIMENSIONS or math.prod(length or 1 for length in reference.shape) >= 2**63:
             raise CheckpointError(
-                f"{file}: tensor {name!r} has {len(entry.shape)} dimensions of up to {max(entry.shape)} entries; "
-                f"expected at most {MOST_DIMENSIONS}, and fewer than 2^63 entries: fetch it again"
+                f"{file}: tensor {name!r} has {len(reference.shape)} dimensions of up to "
+                f"{max(reference.shape)} entries; expected at most {MOST_DIMENSIONS}, and fewer than 2^63 entries: "
+                "fetch it again"
             )
-    return entries
+    return references
 
 
-def _safetensors_header(file: Path) -> dict[str, Entry]:
+def _safetensors_header(file: Path) -> dict[str, TensorReference]:
     try:
         # This checks the header: its lengths, offsets and shapes, and that the file is whole.
         with safe_open(file, framework="pt"), file.open("rb") as opened:
@@ -78,16 +79,16 @@ def _safetensors_header(file: Path) -> dict[str, Entry]:
             "truncated: fetch it again"
         ) from error
     header.pop("__metadata__", None)
-    entries: dict[str, Entry] = {}
+    references: dict[str, TensorReference] = {}
     for name, about in header.items():
         dtype = SAFETENSORS_DTYPES.get(about["dtype"])
         if dtype is None:
             raise not_floating(file, name, about["dtype"])
-        entries[name] = Stored(file, name, 8 + length + about["data_offsets"][0], tuple(about["shape"]), dtype)
-    return entries
+        references[name] = InFile(file, name, 8 + length + about["data_offsets"][0], tuple(about["shape"]), dtype)
+    return references
 
 
-def _torch_header(file: Path) -> dict[str, Entry]:
+def _torch_header(file: Path) -> dict[str, TensorReference]:
     try:
         with file.open("rb") as opened:
             is_zip = opened.read(len(ZIP)) == ZIP
@@ -170,7 +171,7 @@ def _views(tensors: object) -> dict[str, View]:
     return tensors
 
 
-def _place(file: Path, name: str, view: View, places: dict[str, Place]) -> Stored:
+def _place(file: Path, name: str, view: View, places: dict[str, Place]) -> InFile:
     start, size = places[view.storage.key]
     numel, lengths = math.prod(view.shape), view.shape
     reach = view.offset + (
@@ -180,10 +181,10 @@ def _place(file: Path, name: str, view: View, places: dict[str, Place]) -> Store
         raise ValueError(f"tensor {name!r} does not fit into its record")
     offset = start + view.offset * view.dtype.itemsize
     if view.is_contiguous:
-        return Stored(file, name, offset, view.shape, view.dtype)
+        return InFile(file, name, offset, view.shape, view.dtype)
     if reach - view.offset != numel:
         raise ValueError(f"tensor {name!r} is a view that skips or repeats entries")
-    return Stored(file, name, offset, view.shape, view.dtype, view.strides)
+    return InFile(file, name, offset, view.shape, view.dtype, view.strides)
 
 
 def not_floating(file: Path, name: str, dtype: str) -> CheckpointError:

@@ -9,7 +9,7 @@ from typing import Any
 
 from delta_analysis._errors import CheckpointError
 from delta_analysis.checkpoints.files import read_header
-from delta_analysis.checkpoints.tensors import Entry
+from delta_analysis.checkpoints.tensors import TensorReference
 
 LAYOUTS = (
     ("model.safetensors", "model.safetensors.index.json", "*.safetensors"),
@@ -23,7 +23,7 @@ MOST_JSON = 2**25
 """Bytes that are believed to be an honest index or configuration; the index of 10^5 tensors has some 2^23."""
 
 
-def read_folder(path: Path) -> dict[str, Entry]:
+def read_folder(path: Path) -> dict[str, TensorReference]:
     """The tensors of a checkpoint's directory, or of a single weight file, by name.
 
     Raises
@@ -34,7 +34,7 @@ def read_folder(path: Path) -> dict[str, Entry]:
     """
     if not path.is_dir():
         return read_header(_regular(path))
-    found: dict[str, Entry] = {}
+    found: dict[str, TensorReference] = {}
     files = _weight_files(path)
     owner = {name: file for file, (promised, _) in files.items() for name in promised}
     for file, (promised, index) in files.items():
@@ -46,7 +46,7 @@ def read_folder(path: Path) -> dict[str, Entry]:
                 f"({len(missing)} such); the shard and the index come from different saves, fetch both again"
             )
         # A tensor in two shards is that of the shard that the index names.
-        header = {name: entry for name, entry in header.items() if owner.get(name, file) == file}
+        header = {name: reference for name, reference in header.items() if owner.get(name, file) == file}
         twice = sorted(found.keys() & header.keys())
         if twice:
             raise CheckpointError(

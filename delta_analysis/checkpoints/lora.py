@@ -14,7 +14,7 @@ import torch
 from delta_analysis._errors import CheckpointError
 from delta_analysis.checkpoints.files import not_floating, read_header
 from delta_analysis.checkpoints.folders import read_json
-from delta_analysis.checkpoints.tensors import Entry
+from delta_analysis.checkpoints.tensors import TensorReference
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -39,6 +39,8 @@ VARIANTS = {
 """Settings that make the delta another than scale · B A, or put it elsewhere."""
 PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva", "mica")
 """Initialisations that leave the base as it is; the others subtract from it what they put into the factors."""
+Factors = dict[str, tuple[str, TensorReference]]
+"""Kind of factor -> its name in the file, and where it lies."""
 WAY_OUT = (
     "merge it into its base with peft's merge_and_unload(), where peft can, save the model with save_pretrained "
     "and open that folder as the fine-tuned model"
@@ -50,7 +52,7 @@ STORED_WHOLE = (
 
 
 @dataclass(frozen=True)
-class LowRank:
+class LoraProduct:
     """A difference of low rank, scale · B A, computed anew in float32 each time that it is read.
 
     Attributes
@@ -62,17 +64,15 @@ class LowRank:
 
     Examples
     --------
-    >>> from delta_analysis.checkpoints.tensors import Held
-    >>> entry = LowRank(Held(torch.ones(1, 3)), Held(torch.tensor([[1.0], [2.0]])), scale=0.5, transposed=False)
-    >>> entry.shape
-    (2, 3)
-    >>> entry.read()
+    >>> from delta_analysis.checkpoints.tensors import InMemory
+    >>> down, up = InMemory(torch.ones(1, 3)), InMemory(torch.tensor([[1.0], [2.0]]))
+    >>> LoraProduct(down, up, scale=0.5, transposed=False).read()
     tensor([[0.5000, 0.5000, 0.5000],
             [1.0000, 1.0000, 1.0000]])
     """
 
-    down: Entry
-    up: Entry
+    down: TensorReference
+    up: TensorReference
     scale: float
     transposed: bool
 
@@ -100,7 +100,7 @@ def is_adapter(folder: Path) -> bool:
     return (folder / CONFIG).is_file() and any(folder.glob("adapter_model.*"))
 
 
-def adapter_entries(folder: Path) -> tuple[dict[str, LowRank], dict[str, str]]:
+def adapter_differences(folder: Path) -> tuple[dict[str, LoraProduct], dict[str, str]]:
     """The differences that a LoRA adapter makes, without its base and not yet computed.
 
     The scale is alpha / r, or alpha / √r for rsLoRA, where the first of the patterns that matches
@@ -124,11 +124,11 @@ def adapter_entries(folder: Path) -> tuple[dict[str, LowRank], dict[str, str]]:
     file = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if file is None:
         raise CheckpointError(f"{folder}: has {CONFIG} but neither {' nor '.join(WEIGHTS)}; fetch the weights too")
-    factors: dict[str, dict[str, tuple[str, Entry]]] = {}
+    factors: dict[str, Factors] = {}
     whole = []
-    for stored, entry in read_header(file).items():
+    for stored, reference in read_header(file).items():
         if match := FACTOR.fullmatch(stored):
-            factors.setdefault(match["module"], {})[match["kind"]] = stored, entry
+            factors.setdefault(match["module"], {})[match["kind"]] = stored, reference
         elif ".lora_" in stored:
             raise CheckpointError(
                 f"{file}: tensor {stored!r} is no factor of plain LoRA; expected {PREFIX}… and lora_A.weight, "
@@ -136,7 +136,7 @@ def adapter_entries(folder: Path) -> tuple[dict[str, LowRank], dict[str, str]]:
             )
         else:
             whole.append(stored.removeprefix(PREFIX))
-    entries = {}
+    references = {}
     for module, pair in factors.items():
         rank, alpha = rank_of(module), alpha_of(module)
         down, up = _check_pair(file, pair, rank)
@@ -146,11 +146,11 @@ def adapter_entries(folder: Path) -> tuple[dict[str, LowRank], dict[str, str]]:
         scale = alpha / (math.sqrt(rank) if config["use_rslora"] else rank)
         # Embeddings are always transposed, convolutions never.
         transposed = min(pair).startswith("embedding") or (config["fan_in_fan_out"] and len(down.shape) == 2)
-        entries[f"{module}.weight"] = LowRank(down, up, scale, transposed)
-    if not entries:
+        references[f"{module}.weight"] = LoraProduct(down, up, scale, transposed)
+    if not references:
         raise CheckpointError(f"{file}: holds no LoRA factor among {len(whole)} tensors; nothing to compare")
     # An old peft stores the base's own embedding beside its factors, under the name of the weight.
-    return entries, {name: STORED_WHOLE for name in whole if name not in entries}
+    return references, {name: STORED_WHOLE for name in whole if name not in references}
 
 
 def _read_config(file: Path) -> dict[str, Any]:
@@ -183,16 +183,16 @@ def _by_module(file: Path, config: dict[str, Any], key: str, patterns_key: str) 
     return lambda module: next((value for pattern, value in compiled if pattern.match(module)), config.get(key))
 
 
-def _check_pair(file: Path, pair: dict[str, tuple[str, Entry]], rank: object) -> tuple[Entry, Entry]:
+def _check_pair(file: Path, pair: Factors, rank: object) -> tuple[TensorReference, TensorReference]:
     """A and B, which belong together, multiply and have this rank."""
     kinds = sorted(pair)
     name, down = pair[kinds[0]]
     if len(kinds) != 2 or kinds[0].replace("A", "B") != kinds[1]:
         raise CheckpointError(f"{file}: tensor {name!r} is not one of a pair, A and B; save the adapter again")
     up = pair[kinds[1]][1]
-    for stored, entry in pair.values():
-        if not entry.dtype.is_floating_point or entry.dtype.itemsize == 1:
-            raise not_floating(file, stored, str(entry.dtype).removeprefix("torch."))
+    for stored, reference in pair.values():
+        if not reference.dtype.is_floating_point or reference.dtype.itemsize == 1:
+            raise not_floating(file, stored, str(reference.dtype).removeprefix("torch."))
     if len(down.shape) < 2 or up.shape[1:] != (down.shape[0],) + (1,) * (len(down.shape) - 2):
         raise CheckpointError(
             f"{file}: tensor {name!r} has shape {down.shape} and its partner {up.shape}; expected (r, in, …) and "

@@ -14,7 +14,7 @@ from delta_analysis._errors import CheckpointError
 from delta_analysis._kernels import uninitialised
 
 
-class Entry(Protocol):
+class TensorReference(Protocol):
     """A tensor that has not been read: its shape, its storage dtype, and how to get it."""
 
     @property
@@ -32,7 +32,7 @@ class Entry(Protocol):
 
 
 @dataclass(frozen=True)
-class Stored:
+class InFile:
     """A tensor that lies in a file in one run of little-endian entries, row by row.
 
     Attributes
@@ -100,7 +100,7 @@ class Stored:
 
 
 @dataclass(frozen=True, eq=False)
-class Held:
+class InMemory:
     """A tensor in memory, such as a parameter of a module."""
 
     tensor: torch.Tensor = field(repr=False)

@@ -13,10 +13,10 @@ import pandas as pd
 from delta_analysis._errors import NotHomologousError, one_of
 from delta_analysis.checkpoints import (
     Checkpoint,
-    Entry,
-    Held,
-    LowRank,
-    Stored,
+    InFile,
+    InMemory,
+    LoraProduct,
+    TensorReference,
     bare_name,
     input_embedding,
     output_head,
@@ -44,8 +44,8 @@ class Match:
     tensor: str
     status: str
     reason: str
-    finetuned: Entry | None = field(repr=False)
-    base: Entry | None = field(repr=False)
+    finetuned: TensorReference | None = field(repr=False)
+    base: TensorReference | None = field(repr=False)
     base_name: str = ""
 
     @property
@@ -102,14 +102,14 @@ def _with_turned_factors(finetuned: Checkpoint, base: Checkpoint, partners: dict
     peft keeps the flag of the last module that it wrapped, which is wrong for modules of another kind.
     """
     shapes = {
-        name: base.entries[partners[name]].shape
-        for name, entry in finetuned.entries.items()
-        if isinstance(entry, LowRank) and name in partners
+        name: base.references[partners[name]].shape
+        for name, reference in finetuned.references.items()
+        if isinstance(reference, LoraProduct) and name in partners
     }
     turned = {
-        name: replace(entry, transposed=not entry.transposed)
-        for name, entry in finetuned.entries.items()
-        if isinstance(entry, LowRank) and name in shapes and entry.shape != shapes[name] == entry.shape[::-1]
+        name: replace(product, transposed=not product.transposed)
+        for name, product in finetuned.references.items()
+        if isinstance(product, LoraProduct) and name in shapes and product.shape != shapes[name] == product.shape[::-1]
     }
     square = [name for name, shape in shapes.items() if len(shape) == 2 and shape[0] == shape[1]]
     if turned and square:
@@ -118,16 +118,16 @@ def _with_turned_factors(finetuned: Checkpoint, base: Checkpoint, partners: dict
             f"{square[0]!r} cannot be told; merge the adapter into its base with peft's merge_and_unload() and "
             "save_pretrained, then open that folder as the fine-tune"
         )
-    return replace(finetuned, entries={**finetuned.entries, **turned})
+    return replace(finetuned, references={**finetuned.references, **turned})
 
 
 def _match(name: str, partner: str | None, base: Checkpoint | None, finetuned: Checkpoint, vocab: Vocabulary) -> Match:
-    tuned = finetuned.entries[name]
+    tuned = finetuned.references[name]
     if base is None or partner is None:
         if base is not None:
             return Match(name, "only in finetuned", "the base has no tensor of this name", tuned, None)
         return Match(name, COMPARED, "" if finetuned.is_delta else "difference from zero", tuned, None)
-    start = base.entries[partner]
+    start = base.references[partner]
     reason = "" if partner == name else f"with {partner} of the base"
     if tuned.shape == start.shape:
         return Match(name, COMPARED, reason, tuned, start, partner)
@@ -148,21 +148,21 @@ def _match(name: str, partner: str | None, base: Checkpoint | None, finetuned: C
     )
 
 
-def _has_row_a_token(name: str, entry: Entry, side: Checkpoint) -> bool:
+def _has_row_a_token(name: str, reference: TensorReference, side: Checkpoint) -> bool:
     """Whether this is the embeddings, the output head or its bias, with a row for each token, and can be cut."""
     embedding, head = input_embedding(side), output_head(side)
     head_bias = name.endswith("bias") and any(part in name for part in ("lm_head", "embed_out", "cls.predictions"))
-    cuttable = isinstance(entry, Held) or (isinstance(entry, Stored) and entry.strides is None)
-    if not (cuttable and embedding and entry.shape and (name in (embedding, head) or head_bias)):
+    cuttable = isinstance(reference, InMemory) or (isinstance(reference, InFile) and reference.strides is None)
+    if not (cuttable and embedding and reference.shape and (name in (embedding, head) or head_bias)):
         return False
-    return entry.shape[0] == side.entries[embedding].shape[0]
+    return reference.shape[0] == side.references[embedding].shape[0]
 
 
-def _first(entry: Entry, rows: int) -> Entry:
+def _first(reference: TensorReference, rows: int) -> TensorReference:
     """The first rows of a tensor."""
-    if isinstance(entry, Stored):
-        return replace(entry, shape=(rows, *entry.shape[1:]))
-    return Held(entry.read()[:rows])
+    if isinstance(reference, InFile):
+        return replace(reference, shape=(rows, *reference.shape[1:]))
+    return InMemory(reference.read()[:rows])
 
 
 def _only_in_base(name: str, base: Checkpoint, finetuned: Checkpoint) -> Match:
@@ -173,23 +173,23 @@ def _only_in_base(name: str, base: Checkpoint, finetuned: Checkpoint) -> Match:
         reason = "the fine-tune leaves it as it is"
     elif name == output_head(base) and finetuned.ties_head:
         reason = f"the fine-tuned model ties its head to {input_embedding(finetuned)}"
-    return Match(name, "only in base", reason, None, base.entries[name], name)
+    return Match(name, "only in base", reason, None, base.references[name], name)
 
 
 def coverage_table(matches: list[Match], base: Checkpoint | None, finetuned: Checkpoint) -> pd.DataFrame:
     """One row a tensor name on either side; the columns are those of `Delta.coverage`."""
     rows = []
     for match in matches:
-        # The sides' own entries, since those of a match may be cut.
+        # The sides' own references, since those of a match may be cut.
         sides = {
-            "base": base.entries.get(match.base_name or match.tensor) if base is not None else None,
-            "finetuned": finetuned.entries.get(match.tensor),
+            "base": base.references.get(match.base_name or match.tensor) if base is not None else None,
+            "finetuned": finetuned.references.get(match.tensor),
         }
         row: dict[str, object] = {"tensor": match.tensor, "status": match.status, "reason": match.reason}
-        for key, entry in sides.items():
-            row[f"{key}_shape"] = str(entry.shape) if entry else ""
-            row[f"{key}_dtype"] = str(entry.dtype).removeprefix("torch.") if entry else ""
-        row["numel"] = max(math.prod(entry.shape) if entry else 0 for entry in sides.values())
+        for key, reference in sides.items():
+            row[f"{key}_shape"] = str(reference.shape) if reference else ""
+            row[f"{key}_dtype"] = str(reference.dtype).removeprefix("torch.") if reference else ""
+        row["numel"] = max(math.prod(reference.shape) if reference else 0 for reference in sides.values())
         row["numel_compared"] = math.prod(match.finetuned.shape) if match.finetuned and match.status == COMPARED else 0
         rows.append(row)
     return pd.DataFrame(rows)

@@ -17,9 +17,9 @@ from delta_analysis.checkpoints import (
     PREFIX,
     STORED_WHOLE,
     Checkpoint,
-    Entry,
+    InFile,
     Source,
-    Stored,
+    TensorReference,
     config_differences,
     open_checkpoint,
     pair_sources,
@@ -240,12 +240,12 @@ def _warn_of_published_delta(delta: Delta) -> None:
         )
 
 
-def _size(entry: Entry | None) -> float:
+def _size(reference: TensorReference | None) -> float:
     """Root mean square of the first entries."""
-    if isinstance(entry, Stored):
-        values = entry.piece(0, min(entry.numel, SAMPLED_ENTRIES))
+    if isinstance(reference, InFile):
+        values = reference.piece(0, min(reference.numel, SAMPLED_ENTRIES))
     else:
-        values = entry.read().reshape(-1)[:SAMPLED_ENTRIES] if entry is not None else torch.zeros(1)
+        values = reference.read().reshape(-1)[:SAMPLED_ENTRIES] if reference is not None else torch.zeros(1)
     return float(values.to(torch.float64).square().mean().sqrt().nan_to_num(nan=0.0))
 
 

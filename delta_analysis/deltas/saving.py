@@ -22,7 +22,7 @@ from delta_analysis._kernels import map_blocks, uninitialised
 from delta_analysis.checkpoints import (
     TOKENIZER,
     Checkpoint,
-    Entry,
+    TensorReference,
     bare_name,
     output_head,
     tokenizer_folder,
@@ -37,8 +37,8 @@ DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 class Part(NamedTuple):
     """A tensor to be saved: the model's own, what replaces it or its first rows, and how it is stored."""
 
-    own: Entry
-    start: Entry | None
+    own: TensorReference
+    start: TensorReference | None
     delta_name: str
     dtype: str
 
@@ -144,13 +144,13 @@ def _plan(base: Checkpoint, delta: Delta, model: Checkpoint, dtype: str | None) 
             f"{model.source}: the delta is the fine-tuned weights themselves; load it with its base to save their sum"
         )
     short = {bare_name(name): name for name in base}
-    changes: dict[str, tuple[Entry | None, str]] = {}
+    changes: dict[str, tuple[TensorReference | None, str]] = {}
     for name, match in delta.compared.items():
         target = match.base_name or name
         target = target if target in base else short.get(bare_name(target), target)
-        start = base.entries.get(target)
+        start = base.references.get(target)
         # The rows that both sides have may be fewer than those of the base.
-        taken_from = match.shape if delta.base is None else delta.base.entries[match.base_name].shape
+        taken_from = match.shape if delta.base is None else delta.base.references[match.base_name].shape
         if start is None or start.shape != taken_from:
             raise NotHomologousError(
                 f"{base.source}: tensor {target!r} has shape {start and start.shape}, where the delta's base has "
@@ -164,14 +164,14 @@ def _plan(base: Checkpoint, delta: Delta, model: Checkpoint, dtype: str | None) 
             )
         changes[place] = start, name
     parts = {}
-    for name, own in model.entries.items():
+    for name, own in model.references.items():
         start, delta_name = changes.get(name, (None, ""))
         parts[name] = Part(own, start, delta_name, dtype or _storable(own))
     return parts
 
 
-def _storable(entry: Entry) -> str:
-    stored = str(entry.dtype).removeprefix("torch.")
+def _storable(reference: TensorReference) -> str:
+    stored = str(reference.dtype).removeprefix("torch.")
     return stored if stored in DTYPES else "float32"
 
 

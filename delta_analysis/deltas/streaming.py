@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from delta_analysis._kernels import thread_pool
-from delta_analysis.checkpoints import Entry, Stored, parse_name
+from delta_analysis.checkpoints import InFile, TensorReference, parse_name
 from delta_analysis.deltas.alignment import Match
 from delta_analysis.deltas.delta import Delta
 from delta_analysis.deltas.tally import DIGITS, GRID, PIECE, Piece, Tally, tally_blocks, tally_tensor
@@ -119,7 +119,7 @@ def _in_order(delta: Delta, executor: Executor, bar: tqdm) -> Iterator[tuple[Mat
 def _submit(match: Match, executor: Executor, *, subtract: bool) -> list[Future[Tally]]:
     """Tasks that tally a tensor out of its files; none if it has to be computed as a whole."""
     finetuned, base = match.finetuned, match.base
-    if not isinstance(finetuned, Stored) or not (base is None or isinstance(base, Stored)):
+    if not isinstance(finetuned, InFile) or not (base is None or isinstance(base, InFile)):
         return []
     if finetuned.strides or (base and base.strides):
         return []
@@ -139,7 +139,7 @@ def _finish(delta: Delta, match: Match, futures: list[Future[Tally]], bar: tqdm)
     return match, reduce(Tally.__add__, results)
 
 
-def tally_stored(finetuned: Stored, base: Stored | None, start: int, subtract: bool) -> Tally:  # noqa: FBT001
+def tally_stored(finetuned: InFile, base: InFile | None, start: int, subtract: bool) -> Tally:  # noqa: FBT001
     """Tally the `TASK` entries from `start` on, read from the files piece by piece into the same memory."""
     stop = min(start + TASK, finetuned.numel)
     with finetuned.open() as file, (base or finetuned).open() as base_file:
@@ -159,7 +159,7 @@ def tally_stored(finetuned: Stored, base: Stored | None, start: int, subtract: b
         return tally_blocks((pieces(at, min(at + GRID, stop)) for at in grid), subtract=subtract, digits=digits)
 
 
-def _digits(*sides: Entry | None) -> int:
+def _digits(*sides: TensorReference | None) -> int:
     return min(DIGITS[side.dtype] for side in sides if side is not None)
 
 

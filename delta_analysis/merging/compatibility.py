@@ -11,10 +11,10 @@ import torch
 
 from delta_analysis._errors import NotHomologousError
 from delta_analysis._kernels import to_float32
-from delta_analysis.checkpoints import Checkpoint, Entry, Source, Stored, open_checkpoint, reading_order
+from delta_analysis.checkpoints import Checkpoint, InFile, Source, TensorReference, open_checkpoint, reading_order
 from delta_analysis.deltas import Delta, Match, align
 
-Hashes = dict[tuple[Entry, tuple[int, ...]], str]
+Hashes = dict[tuple[TensorReference, tuple[int, ...]], str]
 
 
 def check_mergeable(base: Checkpoint | Source, deltas: Sequence[Delta]) -> tuple[Checkpoint, list[Delta], list[Match]]:
@@ -60,7 +60,7 @@ def _warn_of_losses(delta: Delta) -> None:
     """Warn of what a fine-tune has beyond its base, and of settings that it has changed."""
     if delta.finetuned.is_delta or delta.base is None:
         return
-    own = {name: entry.shape for name, entry in delta.finetuned.entries.items()}
+    own = {name: reference.shape for name, reference in delta.finetuned.references.items()}
     beyond = [name for name, shape in own.items() if name not in delta or delta.compared[name].shape != shape]
     if beyond:
         warnings.warn(
@@ -78,8 +78,8 @@ def _warn_of_losses(delta: Delta) -> None:
         )
 
 
-def _read(entry: Entry) -> torch.Tensor:
-    return to_float32(entry.read())
+def _read(reference: TensorReference) -> torch.Tensor:
+    return to_float32(reference.read())
 
 
 def check_deltas(deltas: Sequence[Delta]) -> list[Delta]:
@@ -141,7 +141,7 @@ def _check_bases(
     """Raise unless every delta's base has the weights of `base`; files that are the same are not read."""
     hashes: Hashes = {}
     for match in found:
-        own = base.entries.get(match.base_name)
+        own = base.references.get(match.base_name)
         for delta, matches in zip(deltas, each, strict=True):
             theirs = matches[match.tensor].base if match.tensor in matches else None
             if theirs is None or own is theirs:
@@ -150,7 +150,7 @@ def _check_bases(
             if own is None:
                 raise NotHomologousError(f"{base.source}: has no {name}, which {delta.finetuned.source} has a delta of")
             # The same place in the same file is not read again.
-            if isinstance(own, Stored) and replace(own, shape=theirs.shape) == theirs:
+            if isinstance(own, InFile) and replace(own, shape=theirs.shape) == theirs:
                 continue
             if _hash(own, theirs.shape, hashes) != _hash(theirs, theirs.shape, hashes):
                 assert delta.base is not None
@@ -160,11 +160,11 @@ def _check_bases(
                 )
 
 
-def _hash(entry: Entry, shape: tuple[int, ...], known: Hashes) -> str:
+def _hash(reference: TensorReference, shape: tuple[int, ...], known: Hashes) -> str:
     """A hash of the float32 values; of more rows than are compared, where a vocabulary was cut, of the first ones."""
-    if (entry, shape) not in known:
-        values = _read(entry)[: shape[0]] if shape and entry.shape else _read(entry)
+    if (reference, shape) not in known:
+        values = _read(reference)[: shape[0]] if shape and reference.shape else _read(reference)
         hashed = hashlib.blake2b(str(tuple(values.shape)).encode(), digest_size=16)
         hashed.update(values.contiguous().view(-1).numpy().data)
-        known[entry, shape] = hashed.hexdigest()
-    return known[entry, shape]
+        known[reference, shape] = hashed.hexdigest()
+    return known[reference, shape]

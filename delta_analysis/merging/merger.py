@@ -13,7 +13,7 @@ import torch
 
 from delta_analysis._errors import checked_number
 from delta_analysis._kernels import to_float32
-from delta_analysis.checkpoints import Checkpoint, Entry, Source
+from delta_analysis.checkpoints import Checkpoint, Source, TensorReference
 from delta_analysis.deltas import COMPARED, Delta, Match
 from delta_analysis.merging.compatibility import check_deltas, check_mergeable
 from delta_analysis.merging.mergekit import FILE, mergekit_recipe
@@ -121,12 +121,12 @@ def _merged(base: Checkpoint, matches: Sequence[Match], merger: Merger) -> Delta
     files = tuple({file for delta in deltas for file in delta.finetuned.files()})
     names = [match.tensor for match in matches if match.status == COMPARED]
     shapes = {match.tensor: match.shape for match in matches}
-    entries: dict[str, Entry] = {name: Computed(name, shapes[name], files, merger) for name in names}
+    references: dict[str, TensorReference] = {name: Computed(name, shapes[name], files, merger) for name in names}
     recipe = mergekit_recipe(base.source, deltas, merger.method, merger.pruners, merger.weights)
     label = f"{merge_label(merger.method, merger.pruners)} of {', '.join(sources)}"
     beside = {FILE: recipe} if recipe else {}
-    merged = Checkpoint(label, None, entries, {}, {}, is_delta=True, beside=beside)
-    return Delta(base, merged, tuple(replace(m, finetuned=entries.get(m.tensor, m.finetuned)) for m in matches))
+    merged = Checkpoint(label, None, references, {}, {}, is_delta=True, beside=beside)
+    return Delta(base, merged, tuple(replace(m, finetuned=references.get(m.tensor, m.finetuned)) for m in matches))
 
 
 def _check_method(method: MergeMethod, weights: Sequence[float]) -> None:
@@ -180,8 +180,8 @@ def _looked_at(batches: Inputs, position: int) -> Inputs:
     return chain([first], rest)
 
 
-def _read(entry: Entry) -> torch.Tensor:
-    return to_float32(entry.read())
+def _read(reference: TensorReference) -> torch.Tensor:
+    return to_float32(reference.read())
 
 
 Tensors = Mapping[str, torch.Tensor]

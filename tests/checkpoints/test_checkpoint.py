@@ -14,7 +14,7 @@ from delta_analysis._errors import CheckpointError
 from delta_analysis.checkpoints import paths
 from delta_analysis.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from delta_analysis.checkpoints.folders import LAYOUTS
-from delta_analysis.checkpoints.tensors import Stored
+from delta_analysis.checkpoints.tensors import InFile
 from tests.conftest import SaveCheckpoint
 
 INDEX = LAYOUTS[0][1]
@@ -105,11 +105,11 @@ def test_model_safetensors_is_preferred_to_other_files_beside_it(save_checkpoint
 
 def test_entries_tell_file_shape_and_dtype(save_checkpoint: SaveCheckpoint) -> None:
     folder = save_checkpoint("sharded", TENSORS, shards=SHARDS)
-    entries = open_checkpoint(folder).entries
+    entries = open_checkpoint(folder).references
     for shard, names in SHARDS.items():
         for name in names:
             entry = entries[name]
-            assert isinstance(entry, Stored)
+            assert isinstance(entry, InFile)
             assert (entry.files, entry.shape, entry.dtype) == (
                 (folder / shard,),
                 tuple(TENSORS[name].shape),

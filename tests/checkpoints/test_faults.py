@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from delta_analysis._errors import CheckpointError
-from delta_analysis.checkpoints.tensors import Stored
+from delta_analysis.checkpoints.tensors import InFile
 from delta_analysis.deltas.delta import load_delta
 from delta_analysis.deltas.ranges import value_ranges
 from delta_analysis.deltas.tally import PIECE
@@ -78,16 +78,16 @@ def test_a_file_that_shrinks_in_the_midst_of_the_pass_is_reported(
     sides: tuple[Path, Path], side: int, reads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     delta = load_delta(base=sides[0], finetuned=sides[1])
-    read_into, done = Stored.read_into, []
+    read_into, done = InFile.read_into, []
 
-    def shrinking(self: Stored, file: FileIO, out: torch.Tensor, start: int) -> None:
+    def shrinking(self: InFile, file: FileIO, out: torch.Tensor, start: int) -> None:
         read_into(self, file, out, start)
         done.append(start)
         if len(done) == reads:
             with sides[side].open("r+b") as opened:
                 opened.truncate(sides[side].stat().st_size - 4 * PIECE)
 
-    monkeypatch.setattr(Stored, "read_into", shrinking)
+    monkeypatch.setattr(InFile, "read_into", shrinking)
     with pytest.raises(CheckpointError) as caught:
         value_ranges(delta)
     assert str(caught.value).startswith(f"{sides[side]}: tensor 'a.weight' cannot be read: it ends {4 * PIECE} bytes")
@@ -101,7 +101,7 @@ def test_a_read_error_of_the_disk_is_reported(sides: tuple[Path, Path], monkeypa
         def readinto(self, buffer: object) -> int:
             raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(Stored, "open", lambda self: Failing(self.file))
+    monkeypatch.setattr(InFile, "open", lambda self: Failing(self.file))
     with pytest.raises(
         CheckpointError, match=r"tensor 'a\.weight' cannot be read: Input/output error; .*fetch it again"
     ):

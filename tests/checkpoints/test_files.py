@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from delta_analysis._errors import CheckpointError
 from delta_analysis.checkpoints.files import MOST_PICKLED, SAFETENSORS_DTYPES, read_header
-from delta_analysis.checkpoints.tensors import Entry, Stored
+from delta_analysis.checkpoints.tensors import InFile, TensorReference
 from tests.deltas.test_delta import normal
 
 DTYPES = list(SAFETENSORS_DTYPES.values())
@@ -35,7 +35,7 @@ def refusal(file: Path) -> str:
     return message
 
 
-def assert_holds(entries: dict[str, Entry], tensors: dict[str, torch.Tensor]) -> None:
+def assert_holds(entries: dict[str, TensorReference], tensors: dict[str, torch.Tensor]) -> None:
     assert entries.keys() == tensors.keys()
     for name, tensor in tensors.items():
         entry = entries[name]
@@ -87,7 +87,7 @@ def test_a_bin_file_holds_what_torch_saved(tmp_path: Path, legacy: bool, paramet
     tensors = {name: kept(tensor) for name, tensor in TENSORS.items()}
     entries = read_header(written(tmp_path / "pytorch_model.bin", tensors, legacy=legacy))
     assert_holds(entries, TENSORS)
-    assert {type(entry) for entry in entries.values()} == {Stored}
+    assert {type(entry) for entry in entries.values()} == {InFile}
 
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])

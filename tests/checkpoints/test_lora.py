@@ -29,8 +29,8 @@ from transformers import (
 )
 
 from delta_analysis._errors import CheckpointError
-from delta_analysis.checkpoints.lora import VARIANTS, WAY_OUT, LowRank, adapter_entries, is_adapter
-from delta_analysis.checkpoints.tensors import Held
+from delta_analysis.checkpoints.lora import VARIANTS, WAY_OUT, LoraProduct, adapter_differences, is_adapter
+from delta_analysis.checkpoints.tensors import InMemory
 
 # peft asks transformers for this by its old name.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
@@ -93,7 +93,7 @@ def peft_deltas(model: nn.Module, folder: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_is_pefts(model: nn.Module, folder: Path) -> None:
-    entries, _ = adapter_entries(folder)
+    entries, _ = adapter_differences(folder)
     deltas = peft_deltas(model, folder)
     assert entries.keys() == deltas.keys()
     for name, delta in deltas.items():
@@ -117,7 +117,7 @@ def write(
 
 def refusal(folder: Path) -> str:
     with pytest.raises(CheckpointError) as caught:
-        adapter_entries(folder)
+        adapter_differences(folder)
     return str(caught.value)
 
 
@@ -165,7 +165,7 @@ def test_deltas_of_embeddings_and_heads_are_what_peft_merges(
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.clone())
     train(model, tmp_path, LoraConfig(r=2, lora_alpha=3, **changes), save_embedding_layers=True)
     assert_is_pefts(model, tmp_path)
-    assert adapter_entries(tmp_path)[1].keys() >= whole
+    assert adapter_differences(tmp_path)[1].keys() >= whole
 
 
 @pytest.mark.filterwarnings("ignore:OLoRA changes the base weights:UserWarning")
@@ -184,7 +184,7 @@ def test_a_converted_adapter_is_the_difference_from_the_original_base(tmp_path: 
     folder = tmp_path / "converted"
     wrapped.save_pretrained(folder, path_initial_model_for_weight_conversion=str(tmp_path / "start"))
     trained = wrapped.merge_and_unload().state_dict()
-    for name, entry in adapter_entries(folder)[0].items():
+    for name, entry in adapter_differences(folder)[0].items():
         torch.testing.assert_close(entry.read(), trained[name] - model.state_dict()[name], rtol=1e-5, atol=1e-6)
 
 
@@ -196,7 +196,7 @@ def test_what_is_stored_whole_is_named_and_left_out(tmp_path: Path) -> None:
         modules_to_save=["classifier", "pooler"],
         trainable_token_indices={"word_embeddings": [1, 2]},
     )
-    entries, skipped = adapter_entries(train(bert(), tmp_path, config))
+    entries, skipped = adapter_differences(train(bert(), tmp_path, config))
     query = "bert.encoder.layer.0.attention.self.query"
     assert entries.keys() == {f"{query}.weight"}
     assert skipped.keys() == {
@@ -212,14 +212,14 @@ def test_what_is_stored_whole_is_named_and_left_out(tmp_path: Path) -> None:
 
 def test_every_stored_tensor_is_a_factor_or_skipped(tmp_path: Path) -> None:
     train(bert(), tmp_path, LoraConfig(r=2, target_modules=["query"], bias="all", task_type="SEQ_CLS"))
-    entries, skipped = adapter_entries(tmp_path)
+    entries, skipped = adapter_differences(tmp_path)
     stored = load_file(tmp_path / "adapter_model.safetensors")
     assert len(stored) == 2 * len(entries) + len(skipped)
     assert not entries.keys() & skipped.keys()
 
 
 def test_a_weight_stored_beside_its_factors_is_a_factored_one(tmp_path: Path) -> None:
-    entries, skipped = adapter_entries(write(tmp_path, FACTORS | {f"{Q_PROJ}.weight": torch.ones(3, 5)}))
+    entries, skipped = adapter_differences(write(tmp_path, FACTORS | {f"{Q_PROJ}.weight": torch.ones(3, 5)}))
     assert entries.keys() == {"layers.0.q_proj.weight"}
     assert skipped == {}
 
@@ -227,14 +227,14 @@ def test_a_weight_stored_beside_its_factors_is_a_factored_one(tmp_path: Path) ->
 def test_an_adapters_name_may_stand_in_its_tensors(tmp_path: Path) -> None:
     named = {name.replace(".weight", ".default.weight"): tensor for name, tensor in FACTORS.items()}
     embedding = {f"base_model.model.wte.lora_embedding_{side}.default": torch.ones(2, 2) for side in "AB"}
-    entries, _ = adapter_entries(write(tmp_path, named | embedding))
+    entries, _ = adapter_differences(write(tmp_path, named | embedding))
     assert entries.keys() == {"layers.0.q_proj.weight", "wte.weight"}
     assert torch.equal(entries["layers.0.q_proj.weight"].read(), torch.full((3, 5), 4.0))
     assert entries["wte.weight"].transposed
 
 
 def test_nothing_is_read_before_it_is_asked_for(tmp_path: Path) -> None:
-    entries, _ = adapter_entries(write(tmp_path))
+    entries, _ = adapter_differences(write(tmp_path))
     entry = entries["layers.0.q_proj.weight"]
     file = tmp_path / "adapter_model.safetensors"
     assert entry.files == (file,)
@@ -246,14 +246,14 @@ def test_nothing_is_read_before_it_is_asked_for(tmp_path: Path) -> None:
 
 def test_safetensors_come_before_a_pickle(tmp_path: Path) -> None:
     (tmp_path / "adapter_model.bin").write_bytes(b"not a pickle")
-    assert adapter_entries(write(tmp_path))[0].keys() == {"layers.0.q_proj.weight"}
+    assert adapter_differences(write(tmp_path))[0].keys() == {"layers.0.q_proj.weight"}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_products_are_formed_in_float32(tmp_path: Path, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     tensors = {name: torch.randn(tensor.shape, dtype=dtype) for name, tensor in FACTORS.items()}
-    entries, _ = adapter_entries(write(tmp_path, tensors))
+    entries, _ = adapter_differences(write(tmp_path, tensors))
     down, up = (tensor.double() for tensor in tensors.values())
     read = entries["layers.0.q_proj.weight"].read()
     assert read.dtype == torch.float32
@@ -276,7 +276,7 @@ def test_a_low_rank_difference_is_a_sum_over_its_ranks(
     down = torch.randn(rank, *inside, generator=generator)
     up = torch.randn(out, rank, *(1 for _ in inside[1:]), generator=generator)
     kept = down.clone(), up.clone()
-    entry = LowRank(Held(down), Held(up), scale, transposed)
+    entry = LoraProduct(InMemory(down), InMemory(up), scale, transposed)
     expected = scale * torch.einsum("or,r...->o...", up.flatten(1).double(), down.double())
     read = entry.read()
     assert entry.shape == read.shape
@@ -305,7 +305,7 @@ def test_patterns_match_as_in_peft(modules: set[str], patterns: dict[str, int], 
         tensors[f"base_model.model.{module}.lora_A.weight"] = torch.ones(2, 1)
         tensors[f"base_model.model.{module}.lora_B.weight"] = torch.ones(1, 2)
     with tempfile.TemporaryDirectory() as folder:
-        entries, _ = adapter_entries(write(Path(folder), tensors, alpha_pattern=patterns, use_rslora=rslora))
+        entries, _ = adapter_differences(write(Path(folder), tensors, alpha_pattern=patterns, use_rslora=rslora))
     for module in modules:
         alpha = patterns.get(get_pattern_key(patterns.keys(), module), CONFIG["lora_alpha"])
         assert entries[f"{module}.weight"].scale == alpha / (math.sqrt(2) if rslora else 2)
@@ -340,7 +340,7 @@ def test_variants_are_refused_by_name(tmp_path: Path, key: str) -> None:
     assert str(tmp_path / "adapter_config.json") in message
     assert f"{key} is set: {VARIANTS[key]}" in message
     assert "merge_and_unload" in message
-    assert adapter_entries(write(tmp_path, **{key: None}))[0]
+    assert adapter_differences(write(tmp_path, **{key: None}))[0]
 
 
 def test_a_dora_that_peft_saved_is_refused(tmp_path: Path) -> None:
@@ -413,7 +413,7 @@ def test_any_config_gives_a_finite_scale_or_an_error(changes: dict[str, Any]) ->
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder), **changes)
         try:
-            entries, _ = adapter_entries(Path(folder))
+            entries, _ = adapter_differences(Path(folder))
         except CheckpointError as error:
             assert str(error).startswith(folder)
         else:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from delta_analysis._errors import CheckpointError
-from delta_analysis.checkpoints.tensors import Held, Stored
+from delta_analysis.checkpoints.tensors import InFile, InMemory
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.bool)
 VALUES = np.arange(24, dtype="<f4")
@@ -29,14 +29,14 @@ def file(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("shape", [(24,), (4, 6), (2, 3, 4), (24, 1)])
 def test_entries_lie_row_by_row_from_the_offset_on(file: Path, shape: tuple[int, ...]) -> None:
-    entry = Stored(file, "a", 5, shape, torch.float32)
+    entry = InFile(file, "a", 5, shape, torch.float32)
     assert entry.read().tolist() == VALUES.reshape(shape).tolist()
     assert (entry.numel, entry.files) == (24, (file,))
 
 
 @pytest.mark.parametrize(("shape", "expected"), [((), VALUES[2]), ((0, 3), np.empty((0, 3)))])
 def test_scalars_and_empty_tensors(file: Path, shape: tuple[int, ...], expected: np.ndarray) -> None:
-    read = Stored(file, "a", 13, shape, torch.float32).read()
+    read = InFile(file, "a", 13, shape, torch.float32).read()
     np.testing.assert_array_equal(read.numpy(), expected)
     assert read.shape == shape
 
@@ -46,7 +46,7 @@ def test_every_dtype_is_read_bit_by_bit(tmp_path: Path, dtype: torch.dtype) -> N
     values = torch.tensor([[0.0, 1.0, -2.5], [1e4, -0.0, 3.0]]).to(dtype)
     file = tmp_path / "weights"
     file.write_bytes(b"\0" + values.view(torch.uint8).numpy().tobytes())
-    read = Stored(file, "a", 1, (2, 3), dtype).read()
+    read = InFile(file, "a", 1, (2, 3), dtype).read()
     assert read.dtype == dtype
     assert torch.equal(read.view(torch.uint8), values.view(torch.uint8))
 
@@ -61,7 +61,7 @@ def test_strides_are_those_of_any_permutation(
     file.write_bytes(bytes(start) + values.tobytes())
     expected = values.transpose(order)
     strides = tuple(stride // 4 for stride in expected.strides)
-    read = Stored(file, "a", start, expected.shape, torch.float32, strides).read()
+    read = InFile(file, "a", start, expected.shape, torch.float32, strides).read()
     assert read.is_contiguous()
     np.testing.assert_array_equal(read.numpy(), expected)
 
@@ -73,7 +73,7 @@ def test_a_piece_is_a_slice(tmp_path_factory: pytest.TempPathFactory, first: int
     values = torch.from_numpy(VALUES.astype(dtype))
     file.write_bytes(b"12345" + values.numpy().tobytes())
     start, stop = sorted((first, second))
-    piece = Stored(file, "a", 5, (4, 6), values.dtype).piece(start, stop)
+    piece = InFile(file, "a", 5, (4, 6), values.dtype).piece(start, stop)
     assert piece.dtype == values.dtype
     assert piece.tolist() == VALUES[start:stop].tolist()
 
@@ -85,13 +85,13 @@ def test_reads_that_return_less_than_was_asked_for_are_continued(file: Path) -> 
 
     out = torch.empty(20)
     with Slow(file) as opened:
-        Stored(file, "a", 5, (24,), torch.float32).read_into(opened, out, 3)
+        InFile(file, "a", 5, (24,), torch.float32).read_into(opened, out, 3)
     assert out.tolist() == VALUES[3:23].tolist()
 
 
 @pytest.mark.parametrize("left", [0, 5, 5 + 95])
 def test_the_end_of_the_file_is_an_error_that_counts_the_bytes(file: Path, left: int) -> None:
-    entry = Stored(file, "a.weight", 5, (4, 6), torch.float32)
+    entry = InFile(file, "a.weight", 5, (4, 6), torch.float32)
     file.write_bytes(file.read_bytes()[:left])
     with pytest.raises(CheckpointError) as caught:
         entry.read()
@@ -102,7 +102,7 @@ def test_the_end_of_the_file_is_an_error_that_counts_the_bytes(file: Path, left:
 
 
 def test_a_file_that_is_gone_is_an_error(file: Path) -> None:
-    entry = Stored(file, "a.weight", 5, (4, 6), torch.float32)
+    entry = InFile(file, "a.weight", 5, (4, 6), torch.float32)
     file.unlink()
     with pytest.raises(CheckpointError, match=r"tensor 'a\.weight' cannot be read: No such file or directory; "):
         entry.read()
@@ -113,7 +113,7 @@ def test_a_failing_disk_is_an_error(file: Path) -> None:
         def readinto(self, memory: memoryview) -> int:
             raise OSError(5, "Input/output error")
 
-    entry = Stored(file, "a.weight", 5, (2,), torch.float32)
+    entry = InFile(file, "a.weight", 5, (2,), torch.float32)
     with (
         Failing(file) as opened,
         pytest.raises(CheckpointError, match=r"tensor 'a\.weight' cannot be read: Input/output error; "),
@@ -122,7 +122,7 @@ def test_a_failing_disk_is_an_error(file: Path) -> None:
 
 
 def test_a_stored_entry_travels_to_other_processes(file: Path) -> None:
-    entry = Stored(file, "a.weight", 5, (4, 6), torch.float32)
+    entry = InFile(file, "a.weight", 5, (4, 6), torch.float32)
     again = pickle.loads(pickle.dumps(entry))
     assert again == entry
     assert torch.equal(again.read(), entry.read())
@@ -130,7 +130,7 @@ def test_a_stored_entry_travels_to_other_processes(file: Path) -> None:
 
 def test_what_is_held_is_handed_out_as_a_copy() -> None:
     tensor = torch.arange(6.0).reshape(2, 3)
-    entry = Held(tensor)
+    entry = InMemory(tensor)
     assert (entry.shape, entry.dtype, entry.files) == ((2, 3), torch.float32, ())
     read = entry.read()
     assert read.device.type == "cpu"

@@ -124,7 +124,7 @@ def test_tensors_in_memory_have_the_same_bits_as_in_files(pair: Delta) -> None:
     digits = {torch.float16: 7, torch.bfloat16: 7, torch.float32: 7, torch.float64: 7}
     for row in found.to_dict("records"):
         delta, base = pair.read(row["tensor"])
-        again = tally_tensor(delta, base, digits=digits[pair.base.entries[row["tensor"]].dtype])
+        again = tally_tensor(delta, base, digits=digits[pair.base.references[row["tensor"]].dtype])
         assert repr({key: row[key] for key in again.row()}) == repr(again.row())
 
 
@@ -246,7 +246,7 @@ def test_a_file_truncated_during_the_pass_is_an_error_that_names_it(
 ) -> None:
     file = getattr(pair, broken).files()[0]
     monkeypatch.setattr(streaming, "TASK", GRID)
-    in_the_middle = getattr(pair, broken).entries[LONG].offset + 100
+    in_the_middle = getattr(pair, broken).references[LONG].offset + 100
 
     def truncate(number: int) -> None:
         if number == 5:

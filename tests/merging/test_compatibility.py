@@ -15,7 +15,7 @@ import delta_analysis as da
 from delta_analysis._errors import NotHomologousError
 from delta_analysis.checkpoints.checkpoint import open_checkpoint
 from delta_analysis.checkpoints.names import reading_order
-from delta_analysis.checkpoints.tensors import Held, Stored
+from delta_analysis.checkpoints.tensors import InFile, InMemory
 from delta_analysis.deltas.delta import Delta, load_delta
 from delta_analysis.deltas.saving import save_checkpoint as save_model
 from delta_analysis.evaluation.models import load_model
@@ -42,13 +42,13 @@ def assert_same(one: Delta, other: Delta) -> None:
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The name of each tensor that is read of a file, as often as it is."""
     found: list[str] = []
-    read_into = Stored.read_into
+    read_into = InFile.read_into
 
-    def counted(self: Stored, *arguments: Any) -> None:
+    def counted(self: InFile, *arguments: Any) -> None:
         found.append(self.name)
         read_into(self, *arguments)
 
-    monkeypatch.setattr(Stored, "read_into", counted)
+    monkeypatch.setattr(InFile, "read_into", counted)
     return found
 
 
@@ -242,7 +242,7 @@ def test_of_a_base_in_memory_too_the_rows_that_are_shared(made: Callable[..., st
     start = {name: START[name] for name in (EMBED, NORM)}
     base = Embedded(start)
     cut = [made(f"cut {k}", {EMBED: moved(k)[EMBED][:9], NORM: moved(k)[NORM]}) for k in (4, 5)]
-    assert isinstance(open_checkpoint(base).entries[EMBED], Held)
+    assert isinstance(open_checkpoint(base).references[EMBED], InMemory)
     merged = merge(base, loaded(base, *cut), da.merging.TaskArithmetic())
     assert merged[EMBED].shape == (9, 4)
     stored = made("base", start)

@@ -19,7 +19,7 @@ import delta_analysis as da
 from delta_analysis.checkpoints.checkpoint import open_checkpoint
 from delta_analysis.checkpoints.names import reading_order
 from delta_analysis.checkpoints.paths import zoo_model
-from delta_analysis.checkpoints.tensors import Stored
+from delta_analysis.checkpoints.tensors import InFile
 from delta_analysis.deltas.delta import Delta, load_delta
 from delta_analysis.deltas.ranges import value_ranges
 from delta_analysis.deltas.saving import save_checkpoint as save_model
@@ -60,13 +60,13 @@ def deltas() -> list[Delta]:
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The name of each tensor that is read of a file, as often as it is."""
     found: list[str] = []
-    read_into = Stored.read_into
+    read_into = InFile.read_into
 
-    def counted(self: Stored, *arguments: Any) -> None:
+    def counted(self: InFile, *arguments: Any) -> None:
         found.append(self.name)
         read_into(self, *arguments)
 
-    monkeypatch.setattr(Stored, "read_into", counted)
+    monkeypatch.setattr(InFile, "read_into", counted)
     return found
 
 
@@ -150,7 +150,7 @@ def test_nothing_is_read_before_a_tensor_is_asked_for(deltas: list[Delta], reads
     merged = merge(BASE, deltas, da.merging.Ties(0.5), Dare(0.5))
     merged.coverage()
     assert (list(merged), len(merged), UP in merged) == (list(deltas[0]), len(deltas[0]), True)
-    assert merged.finetuned.entries[UP].shape == deltas[0].compared[UP].shape
+    assert merged.finetuned.references[UP].shape == deltas[0].compared[UP].shape
     assert reads == []
     merged[UP]
     # Of each delta its two sides, and the base.
