@@ -9,13 +9,14 @@ from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 import pandas as pd
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from delta_analysis.evaluation import Kind
 from delta_analysis.sweeps.pairs import Pair
 from delta_analysis.zoo.tokenizer import character_tokenizer
 
@@ -75,6 +76,7 @@ def without_seconds(table: pd.DataFrame) -> pd.DataFrame:
 class Judge:
     """What the evaluations below have in common."""
 
+    kind: ClassVar[Kind] = "score"
     protocol = "reads weights"
     texts = ("text",)
 
@@ -89,6 +91,10 @@ class Reads(Judge):
     names: tuple[str, ...] = (NORM,)
     metric: str = "accuracy"
     name: str = "reads"
+
+    @property
+    def kind(self) -> Kind:  # type: ignore[override]
+        return "perplexity" if self.metric == "perplexity" else "score"
 
     def __call__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, np.ndarray]:
         assert not model.training

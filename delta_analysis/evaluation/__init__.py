@@ -15,7 +15,7 @@ from delta_analysis.evaluation.models import (
     patched,
 )
 from delta_analysis.evaluation.perplexity import TextPerplexity
-from delta_analysis.evaluation.protocol import Evaluation, Outcomes
+from delta_analysis.evaluation.protocol import Evaluation, Kind, Outcomes
 from delta_analysis.evaluation.tokens import Batch, check_texts, token_batches
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "Evaluation",
     "ExactMatch",
     "HiddenSimilarity",
+    "Kind",
     "Labelled",
     "LmEval",
     "Outcomes",

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from delta_analysis._errors import checked_number
-from delta_analysis.evaluation.protocol import SPEED, Evaluation, Outcomes
+from delta_analysis.evaluation.protocol import SPEED, Evaluation, Kind, Outcomes
 from delta_analysis.evaluation.tokens import Batch, Held, by_batch, token_batches
 
 
@@ -86,6 +87,8 @@ class Classification:
     >>> Classification(examples)(load_model(checkpoint), load_tokenizer(checkpoint))
     {'accuracy': array([1., 1.])}
     """
+
+    kind: ClassVar[Kind] = "score"
 
     examples: tuple[Labelled, ...]
     name: str = "classification"

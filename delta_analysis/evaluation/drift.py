@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from delta_analysis._errors import checked_number
-from delta_analysis.evaluation.protocol import Evaluation, Outcomes
+from delta_analysis.evaluation.protocol import Evaluation, Kind, Outcomes
 from delta_analysis.evaluation.tokens import Batch, Held, by_batch, check_texts, text_means, token_batches
 
 
@@ -57,6 +58,8 @@ class OutputDrift:
     >>> {metric: values.tolist() for metric, values in outcomes.items()}
     {'kl': [0.0, 0.0], 'top5_logit_mse': [0.0, 0.0]}
     """
+
+    kind: ClassVar[Kind] = "error"
 
     texts: tuple[str, ...]
     most_tokens: int = 256

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from delta_analysis._errors import checked_number
 from delta_analysis.evaluation.generation import matches, plan
-from delta_analysis.evaluation.protocol import SPEED, Evaluation, Outcomes, Prepared
+from delta_analysis.evaluation.protocol import SPEED, Evaluation, Kind, Outcomes, Prepared
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,8 @@ class ExactMatch:
     'Accuracy on 2 questions: exact match of the greedily generated line; prompts as they are, after the
     beginning-of-text token if the tokenizer adds one. Intervals resample the questions.'
     """
+
+    kind: ClassVar[Kind] = "score"
 
     questions: tuple[Question, ...]
     name: str = "exact match"

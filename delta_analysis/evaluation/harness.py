@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from unittest.mock import patch
 
 import numpy as np
@@ -25,7 +25,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from delta_analysis._errors import checked_number
-from delta_analysis.evaluation.protocol import SPEED, Evaluation, Outcomes, Prepared
+from delta_analysis.evaluation.protocol import SPEED, Evaluation, Kind, Outcomes, Prepared
 
 _LOCK = threading.Lock()
 _SEED = 1234
@@ -81,6 +81,8 @@ class LmEval:
     'gsm8k by lm-evaluation-harness on the first 200 documents (items) of each task, 5 examples in a prompt.
     Intervals resample the documents.'
     """
+
+    kind: ClassVar[Kind] = "score"
 
     tasks: tuple[str, ...]
     limit: int | None = None

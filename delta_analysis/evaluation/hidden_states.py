@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from delta_analysis.evaluation.protocol import Evaluation, Outcomes
+from delta_analysis.evaluation.protocol import Evaluation, Kind, Outcomes
 from delta_analysis.evaluation.tokens import Batch, Held, by_batch, check_texts, text_means, token_batches
 
 
@@ -57,6 +57,8 @@ class HiddenSimilarity:
     >>> bool(outcomes["similarity/4"][0] < outcomes["similarity/0"][0] < 1)
     True
     """
+
+    kind: ClassVar[Kind] = "score"
 
     texts: tuple[str, ...]
     most_tokens: int = 256

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from delta_analysis._errors import checked_number
-from delta_analysis.evaluation.protocol import Evaluation, Outcomes, Prepared
+from delta_analysis.evaluation.protocol import Evaluation, Kind, Outcomes, Prepared
 from delta_analysis.evaluation.tokens import beginning
 
 
@@ -40,6 +41,8 @@ class TextPerplexity:
     'Perplexity of a text of 24 characters: exp of the mean loss of its tokens but the first, in windows of 128 tokens
     that advance by 64. Intervals resample blocks of neighbours.'
     """
+
+    kind: ClassVar[Kind] = "perplexity"
 
     text: str
     window: int = 128

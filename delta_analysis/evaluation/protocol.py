@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -17,18 +17,26 @@ Outcomes = dict[str, np.ndarray]
 """Metric -> one outcome an item (a question, a token, a prompt), from whose mean the metric follows."""
 
 
+Kind = Literal["score", "perplexity", "error"]
+"""What a metric is: a mean of which more is better; losses of tokens, whose mean's exp is its value, and less is
+better; an error, a mean of which less is better and that is 0 for the untouched model."""
+
+
 class Evaluation(Protocol):
     """Judges a model: a frozen dataclass of plain values, such as `ExactMatch(questions)`.
 
     Attributes
     ----------
     name : what tables call it.
+    kind : what its metrics are.
     protocol : what is measured, on what, and what its intervals resample; a sentence or two for a report.
     texts : what it is judged on, as a model reads it.
     """
 
     @property
     def name(self) -> str: ...
+    @property
+    def kind(self) -> Kind: ...
     @property
     def protocol(self) -> str: ...
     @property
@@ -61,6 +69,10 @@ class Prepared:
     @property
     def name(self) -> str:
         return self.evaluation.name
+
+    @property
+    def kind(self) -> Kind:
+        return self.evaluation.kind
 
     @property
     def protocol(self) -> str:

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 
 from delta_analysis.plots.style import GREY, colours, is_share, legend_below, method_colours, metric_label
-from delta_analysis.sweeps import PERPLEXITY, logit, metric_named
+from delta_analysis.sweeps import PERPLEXITY, logit, metric_of
 
 _RATE_TICKS = (0.001, 0.01, 0.03, 0.1, 0.3, 0.5, 0.7, 0.9, 0.95, 0.99, 0.999)
 
@@ -59,7 +59,7 @@ def drop_curves(
     if is_share(curve):
         ax.set_ylim(-0.03, 1.03)
         ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    elif metric_named(curve["metric"].iloc[0]) is PERPLEXITY:
+    elif metric_of(curve) is PERPLEXITY:
         ax.set_yscale("log")
     ax.set_ylabel(metric_label(curve))
     return legend_below(ax, columns=2)

@@ -10,7 +10,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import PercentFormatter
 
 from delta_analysis.plots.style import is_share, method_colours, metric_label, plain_log_axis, readable_on
-from delta_analysis.sweeps import PERPLEXITY, metric_named
+from delta_analysis.sweeps import PERPLEXITY, metric_of
 
 
 def method_dots(curve: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
@@ -29,7 +29,7 @@ def method_dots(curve: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax.set_ylim(-0.6, len(curve) - 0.4)
     if is_share(curve):
         ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    elif metric_named(curve["metric"].iloc[0]) is PERPLEXITY:
+    elif metric_of(curve) is PERPLEXITY:
         ax.set_xscale("log")
     ax.set_xlabel(metric_label(curve))
     return ax

@@ -23,7 +23,7 @@ from delta_analysis.plots.style import (
     metric_label,
     plain_log_axis,
 )
-from delta_analysis.sweeps import PERPLEXITY, logit, metric_named
+from delta_analysis.sweeps import PERPLEXITY, logit, metric_of
 
 APART = 1.35
 """Labels of points that are nearer to each other on a log axis would overlap."""
@@ -144,7 +144,7 @@ def damage_by_noise(curve: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     if is_share(inner):
         ax.set_ylim(-0.03, 1.03)
         ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    elif metric_named(inner["metric"].iloc[0]) is PERPLEXITY:
+    elif metric_of(inner) is PERPLEXITY:
         ax.set_yscale("log")
     return legend_below(ax, columns=2)
 

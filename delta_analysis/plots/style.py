@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from matplotlib.transforms import ScaledTranslation
 
-from delta_analysis.sweeps import MEAN, metric_named
+from delta_analysis.sweeps import MEAN, metric_of
 
 PALETTE = ("#0072B2", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
 """Okabe and Ito's colours, told apart by every common kind of colour vision."""
@@ -83,7 +83,7 @@ def readable_on(face: str) -> str:
 def is_share(curve: pd.DataFrame) -> bool:
     """Whether a metric is a share of items, such as an accuracy: nothing of it lies outside 0 to 1."""
     inside = bool(curve["low"].min() >= 0 and curve["high"].max() <= 1)
-    return inside and metric_named(curve["metric"].iloc[0]) is MEAN
+    return inside and metric_of(curve) is MEAN
 
 
 def metric_label(curve: pd.DataFrame) -> str:

@@ -25,7 +25,7 @@ from delta_analysis.sweeps import (
     inverse_logit,
     kept_shares,
     logit,
-    metric_named,
+    metric_of,
     outcome_matrix,
     resampled_means,
     two_way_resamples,
@@ -138,7 +138,7 @@ def damaging_rate(cells: pd.DataFrame, *, kept: float = 0.5) -> float:
     >>> damaging_rate(pd.DataFrame(made_up))
     0.3
     """
-    metric = metric_named(cells["metric"].iloc[0])
+    metric = metric_of(cells)
     shares = kept_shares(metric, outcomes_by_rate(cells))
     return min((rate for rate in shares if 0 < rate < 1), key=lambda rate: abs(shares[rate] - kept))
 
@@ -166,7 +166,7 @@ def equivalent_shift(reference: pd.DataFrame, edited: pd.DataFrame, drop_rate: f
     -------
     Interval, 95%, which resamples seeds and items, the same on both sides.
     """
-    metric = metric_named(reference["metric"].iloc[0])
+    metric = metric_of(reference)
     curve = outcomes_by_rate(reference)
     own = outcomes_by_rate(edited)
     start = curve[0.0]

@@ -13,7 +13,7 @@ import torch
 from delta_analysis._errors import checked_number, one_of
 from delta_analysis.pruning import Dare, Law, Lawful, Magnitude, MagPrune, Proportional, Pruner, checked_drop_rate
 from delta_analysis.studies.rescaling import factor_grid, on_half
-from delta_analysis.sweeps import kept_interval, lead, metric_named, outcome_matrix
+from delta_analysis.sweeps import kept_interval, lead, metric_of, outcome_matrix
 
 RULES = ("least", "equal")
 
@@ -325,13 +325,12 @@ def recovered(cells: pd.DataFrame, offered: Mapping[str, Sequence[Pruner]]) -> p
     """
     drift = cells[(cells["metric"] == DRIFT) & (cells["drop_rate"] > 0)].groupby("method")["value"].mean()
     judged = cells[cells["metric"] != DRIFT]
-    name = str(judged["metric"].iloc[0])
-    metric = metric_named(name)
+    metric = metric_of(judged)
     choosing, judging = on_half(judged, 0), on_half(judged, 1)
     start = outcome_matrix(judging[judging["drop_rate"] == 0].head(1))
     chosen_start = outcome_matrix(choosing[choosing["drop_rate"] == 0].head(1)).mean()
     worth = choosing[choosing["drop_rate"] > 0].groupby("method")["value"].mean()
-    worth = -worth if name == "perplexity" else worth
+    worth = worth if metric.larger_is_better else -worth
     (dare,) = offered["DARE"]
     rows = []
     for way, pruners in offered.items():

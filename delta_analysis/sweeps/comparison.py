@@ -7,7 +7,7 @@ import pandas as pd
 from scipy import stats
 
 from delta_analysis.sweeps.curves import outcome_matrix
-from delta_analysis.sweeps.intervals import CONFIDENCE, Interval, metric_named, resampled_means, two_way_resamples
+from delta_analysis.sweeps.intervals import CONFIDENCE, Interval, metric_of, resampled_means, two_way_resamples
 
 UPPER = (1 + CONFIDENCE) / 2
 NORMAL = float(stats.norm.ppf(UPPER))
@@ -26,7 +26,7 @@ def lead(cells: pd.DataFrame, method: str, other: str) -> Interval:
     cells : rows of `sweep` for one pair, at drop rate 0 and at one other.
     """
     outcomes, untouched = _outcomes(cells)
-    metric = metric_named(cells["metric"].iloc[0])
+    metric = metric_of(cells)
     one, two = outcomes[method], outcomes[other]
 
     def kept_more(means: list[np.ndarray]) -> np.ndarray:
@@ -100,7 +100,7 @@ def best_methods(cells: pd.DataFrame) -> pd.DataFrame:
         for drop_rate, group in here[here["drop_rate"].between(0, 1, inclusive="neither")].groupby("drop_rate"):
             both = pd.concat([untouched, group])
             outcomes, start = _outcomes(both)
-            metric = metric_named(here["metric"].iloc[0])
+            metric = metric_of(here)
             kept = {m: float(metric.kept_share(o.mean(), start.mean())) for m, o in outcomes.items()}
             best, second = sorted(kept, key=kept.__getitem__, reverse=True)[:2]
             ahead = lead(both, best, second)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from delta_analysis.sweeps.intervals import metric_interval, metric_named
+from delta_analysis.sweeps.intervals import metric_interval, metric_of
 
 
 def outcome_matrix(cells: pd.DataFrame) -> np.ndarray:
@@ -24,7 +24,7 @@ def drop_curve(cells: pd.DataFrame) -> pd.DataFrame:
 
     Returns
     -------
-    DataFrame, one row a `pair, method, scope, evaluation, metric, drop_rate`; `seeds`, how many;
+    DataFrame, one row a `pair, method, scope, evaluation, metric, kind, drop_rate`; `seeds`, how many;
     `value, low, high`.
 
     Raises
@@ -32,7 +32,8 @@ def drop_curve(cells: pd.DataFrame) -> pd.DataFrame:
     ValueError
         Cells of one curve that differ in rescale or an option of the method: they are no seeds of each other.
     """
-    keys = ["pair", "method", "scope", "evaluation", "metric", "drop_rate"]
+    known = ["pair", "method", "scope", "evaluation", "metric", "kind", "drop_rate"]
+    keys = [key for key in known if key in cells]
     settings = [name for name in cells.columns if name == "rescale" or name.startswith("option_")]
     rows = []
     for _, group in cells.groupby(keys, sort=False):
@@ -42,7 +43,7 @@ def drop_curve(cells: pd.DataFrame) -> pd.DataFrame:
                 f"{first['pair']}, {first['method']} at drop rate {first['drop_rate']:g}: cells differ in "
                 f"{differs[0]!r}, so they are no seeds of one curve; select one value, or put it into the method's name"
             )
-        value, low, high = metric_interval(metric_named(first["metric"]), outcome_matrix(group))
+        value, low, high = metric_interval(metric_of(group), outcome_matrix(group))
         rows.append(
             {**{key: first[key] for key in keys}, "seeds": len(group), "value": value, "low": low, "high": high}
         )

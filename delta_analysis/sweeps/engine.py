@@ -98,10 +98,11 @@ def sweep(
     Returns
     -------
     DataFrame, one row a cell and metric: `pair, method, drop_rate, rescale, scope, seed, evaluation,
-    metric`; `value` with its 95% interval `low, high` over items; `achieved_drop_rate` of the entries
-    in scope that were not zero; `seconds` of pruning and evaluating; `outcomes`, one for each item; a
-    column `option_<name>` for each option of a pruner beyond drop rate and rescale, missing where it
-    has none; `device`, `versions`, `base_hash`, `finetuned_hash`; `error`, missing where there was none.
+    metric`; its `kind` (`score`, `perplexity` or `error`, as the evaluation says); `value` with its 95%
+    interval `low, high` over items; `achieved_drop_rate` of the entries in scope that were not zero;
+    `seconds` of pruning and evaluating; `outcomes`, one for each item; a column `option_<name>` for each
+    option of a pruner beyond drop rate and rescale, missing where it has none; `device`, `versions`,
+    `base_hash`, `finetuned_hash`; `error`, missing where there was none.
 
     Raises
     ------
@@ -314,11 +315,15 @@ def _table(asked: Sequence[Cell], hashes: Hashes, found: Sequence[list[Row]]) ->
             "evaluation": cell.evaluation.name,
         }
         # A cell of two pairs says the base of the one that it ran for.
-        own = {**options(pruner), **dict(zip(("base_hash", "finetuned_hash"), hashes[cell.pair], strict=True))}
+        own = {
+            "kind": cell.evaluation.kind,
+            **options(pruner),
+            **dict(zip(("base_hash", "finetuned_hash"), hashes[cell.pair], strict=True)),
+        }
         rows += [{**labels, **{c: row.get(c) for c in SCHEMA.names if c != "cell"}, **own} for row in measured]
     chosen = sorted({column for row in rows for column in row if column.startswith("option_")})
     table = pd.DataFrame(rows)
-    measures = ["metric", "value", "low", "high", "achieved_drop_rate", "seconds", "outcomes"]
+    measures = ["metric", "kind", "value", "low", "high", "achieved_drop_rate", "seconds", "outcomes"]
     origin = ["device", "versions", "base_hash", "finetuned_hash", "error"]
     return table[[*labels, *measures, *chosen, *origin]]
 

@@ -12,6 +12,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from delta_analysis.evaluation import Kind
+
 RESAMPLES = 1000
 PARTS = 10
 """A tenth of the resamples is in float64 at a time."""
@@ -35,19 +37,33 @@ class Metric:
     value: Callable[[np.ndarray], np.ndarray]
     kept_share: Callable[[np.ndarray, np.ndarray], np.ndarray]
     block: int = 1
+    larger_is_better: bool = True
 
 
 MEAN = Metric(lambda mean: mean, lambda mean, untouched: mean / np.maximum(untouched, 1e-12))
 """A mean of items, such as right (1) and wrong (0) answers."""
 
 
-PERPLEXITY = Metric(np.exp, lambda mean, untouched: np.nan_to_num(np.exp(untouched - mean)), block=64)
+PERPLEXITY = Metric(
+    np.exp, lambda mean, untouched: np.nan_to_num(np.exp(untouched - mean)), block=64, larger_is_better=False
+)
 """Items are losses of tokens; what is kept of it is the (geometric mean) probability of a token."""
 
 
-def metric_named(name: str) -> Metric:
-    """What a metric of an evaluation is, by its name: `perplexity`, or else a mean of items."""
-    return PERPLEXITY if name == "perplexity" else MEAN
+def _no_share(mean: np.ndarray, untouched: np.ndarray) -> np.ndarray:
+    raise ValueError("this metric is an error, 0 for the untouched model, so that no share of it can be kept")
+
+
+ERROR = Metric(lambda mean: mean, _no_share, larger_is_better=False)
+"""A mean of items that is 0 for the untouched model, such as the drift of its output."""
+
+
+KINDS: dict[Kind, Metric] = {"score": MEAN, "perplexity": PERPLEXITY, "error": ERROR}
+
+
+def metric_of(table: pd.DataFrame) -> Metric:
+    """What the metric of a table's rows is, by its column `kind`; without one it is a score."""
+    return KINDS[table["kind"].iloc[0]] if "kind" in table else MEAN
 
 
 class Interval(NamedTuple):

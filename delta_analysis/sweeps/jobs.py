@@ -11,7 +11,7 @@ import numpy as np
 from delta_analysis.checkpoints import versions
 from delta_analysis.evaluation import Evaluation
 from delta_analysis.sweeps.cells import CellStore, Row, content
-from delta_analysis.sweeps.intervals import metric_interval, metric_named
+from delta_analysis.sweeps.intervals import KINDS, metric_interval
 from delta_analysis.sweeps.pairs import Edit, EditablePair, Edited, Pair, held_pair
 
 
@@ -58,7 +58,7 @@ def _judged(job: Job, held: EditablePair, edited: Edited, evaluation: Evaluation
     rows = []
     for name, given in outcomes.items():
         values = np.asarray(given, dtype=np.float64)
-        value, low, high = metric_interval(metric_named(name), values[None])
+        value, low, high = metric_interval(KINDS[evaluation.kind], values[None])
         found = {"metric": name, "value": value, "low": low, "high": high, "outcomes": values.tolist()}
         rows.append({**_origin(job), **found, "achieved_drop_rate": edited.achieved_drop_rate, "seconds": seconds})
     return rows

@@ -24,7 +24,7 @@ from delta_analysis.sweeps.intervals import (
     Metric,
     inverse_logit,
     logit,
-    metric_named,
+    metric_of,
     percentile_interval,
     resampled_means,
     two_way_resamples,
@@ -141,7 +141,7 @@ def _search(
         for pair, rates in wanted.items():
             here = first_metric(tables[-1][tables[-1]["pair"] == pair.name])
             if rates:
-                metrics[pair] = metric_named(here["metric"].iloc[0])
+                metrics[pair] = metric_of(here)
                 outcomes[pair] |= {rate: outcome_matrix(here[here["drop_rate"] == rate]) for rate in rates}
         following = {pair: next_rate(metrics[pair], outcomes[pair], resolution, floors[pair]) for pair in judges}
         wanted = {pair: [] if rate is None else [rate] for pair, rate in following.items()}

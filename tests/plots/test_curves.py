@@ -29,7 +29,9 @@ def test_drop_curves_draw_lines_bands_and_both_ends(curve: pd.DataFrame) -> None
 
 
 def test_perplexity_is_drawn_on_a_log_axis(curve: pd.DataFrame) -> None:
-    curve = curve.assign(metric="perplexity", value=curve["value"] + 2, low=curve["low"] + 2, high=curve["high"] + 2)
+    curve = curve.assign(
+        metric="perplexity", kind="perplexity", value=curve["value"] + 2, low=curve["low"] + 2, high=curve["high"] + 2
+    )
     ax = plots.drop_curves(curve)
     assert ax.get_yscale() == "log"
     assert ax.get_ylabel() == "perplexity"

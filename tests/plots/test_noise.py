@@ -225,10 +225,10 @@ def test_damage_stands_against_the_noise_with_a_band(damage: pd.DataFrame) -> No
 
 
 def test_perplexities_by_noise_have_a_logarithmic_axis(damage: pd.DataFrame) -> None:
-    table = damage.assign(metric="perplexity", value=damage["value"] + 3, high=damage["high"] + 4)
+    table = damage.assign(metric="perplexity", kind="perplexity", value=damage["value"] + 3, high=damage["high"] + 4)
     ax = plots.damage_by_noise(table)
     assert (ax.get_yscale(), ax.get_ylabel()) == ("log", "perplexity")
-    drift = plots.damage_by_noise(table.assign(metric="kl"), ax=plt.figure().subplots())
+    drift = plots.damage_by_noise(table.assign(metric="kl", kind="error"), ax=plt.figure().subplots())
     assert (drift.get_yscale(), drift.get_ylabel()) == ("linear", "kl")
     assert drift.get_ylim()[1] > 4
 

@@ -34,18 +34,17 @@ def test_text_is_readable_on_its_ground(face: str, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("metric", "low", "high", "expected"),
+    ("kind", "low", "high", "expected"),
     [
-        ("accuracy", 0.0, 1.0, True),
-        ("arc/acc_norm", 0.3, 0.9, True),
-        ("similarity/2", 0.3, 0.9, True),
-        ("similarity/2", -0.1, 0.9, False),
-        ("top5_logit_mse", 0.0, 1.2, False),
+        ("score", 0.0, 1.0, True),
+        ("score", -0.1, 0.9, False),
+        ("score", 0.0, 1.2, False),
+        ("error", 0.3, 0.9, False),
         ("perplexity", 0.3, 0.9, False),
     ],
 )
-def test_a_share_is_a_mean_between_nothing_and_all(metric: str, low: float, high: float, expected: bool) -> None:
-    rows = [{"metric": metric, "low": 0.5, "value": 0.6, "high": 0.7}, {"metric": metric, "low": low, "high": high}]
+def test_a_share_is_a_mean_between_nothing_and_all(kind: str, low: float, high: float, expected: bool) -> None:
+    rows = [{"kind": kind, "low": 0.5, "value": 0.6, "high": 0.7}, {"kind": kind, "low": low, "high": high}]
     assert is_share(pd.DataFrame(rows)) is expected
 
 

@@ -21,11 +21,11 @@ N = 400
 
 
 def cells(
-    outcomes: Mapping[float, np.ndarray], *, pair: str = "a → b", method: str = "DARE", metric: str = "accuracy"
+    outcomes: Mapping[float, np.ndarray], *, pair: str = "a → b", method: str = "DARE", kind: str = "score"
 ) -> pd.DataFrame:
     """Drop rate -> outcomes (seeds, items), as rows of a sweep; seeds in no order."""
     rows = [
-        {"pair": pair, "method": method, "metric": metric, "drop_rate": rate, "seed": seed, "outcomes": row.tolist()}
+        {"pair": pair, "method": method, "kind": kind, "drop_rate": rate, "seed": seed, "outcomes": row.tolist()}
         for rate, matrix in outcomes.items()
         for seed, row in reversed(list(enumerate(matrix)))
     ]
@@ -168,8 +168,8 @@ def test_perplexity_keeps_the_probability_of_a_token() -> None:
         p: np.tile(losses - math.log(share), (2, 1)) for p, share in zip(RATES, SHARES, strict=True)
     }
     for share in (0.4, 0.5, 0.6):
-        edited = cells({0.5: losses - math.log(share)}, method="edit", metric="perplexity")
-        found = equivalent_shift(cells(reference, metric="perplexity"), edited, 0.5)
+        edited = cells({0.5: losses - math.log(share)}, method="edit", kind="perplexity")
+        found = equivalent_shift(cells(reference, kind="perplexity"), edited, 0.5)
         # The same loss everywhere added leaves nothing to the items.
         assert found == pytest.approx(((0.5 - share) / SLOPE,) * 3, abs=1e-9)
 
@@ -215,7 +215,7 @@ def test_the_damaging_rate_is_the_one_nearest_to_a_share(kept: float, rate: floa
 def test_the_damaging_rate_of_a_perplexity() -> None:
     start = np.full((1, 100), 1.0)
     reference = {0.0: start, 0.2: start + 0.1, 0.6: start + math.log(2), 0.9: start + 3}
-    assert damaging_rate(cells(reference, metric="perplexity")) == 0.6
+    assert damaging_rate(cells(reference, kind="perplexity")) == 0.6
 
 
 def test_the_damaging_rate_needs_an_untouched_model_that_answers() -> None:

@@ -48,7 +48,8 @@ def answers(choosing: float, judging: float) -> list[float]:
 
 def cell(pruner: Pruner, seed: int, metric: str, outcomes: list[float]) -> dict[str, object]:
     labels = {"pair": "a → b", "method": pruner.method, "drop_rate": pruner.drop_rate, "seed": seed, "metric": metric}
-    return {**labels, "value": float(np.mean(outcomes)), "outcomes": outcomes}
+    kind = {"accuracy": "score", DRIFT: "error"}.get(metric, metric)
+    return {**labels, "kind": kind, "value": float(np.mean(outcomes)), "outcomes": outcomes}
 
 
 def made_up(

@@ -15,14 +15,15 @@ from scipy import stats
 from delta_analysis.sweeps.comparison import best_methods, lead, paired_difference
 
 
-def rows(method: str, drop_rate: float, outcomes: np.ndarray, metric: str = "accuracy") -> list[dict[str, object]]:
+def rows(method: str, drop_rate: float, outcomes: np.ndarray, kind: str = "score") -> list[dict[str, object]]:
     return [
         {
             "pair": "a → b",
             "method": method,
             "drop_rate": drop_rate,
             "seed": i,
-            "metric": metric,
+            "metric": "accuracy",
+            "kind": kind,
             "outcomes": row.tolist(),
         }
         for i, row in enumerate(outcomes)

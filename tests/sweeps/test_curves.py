@@ -11,11 +11,18 @@ from hypothesis import strategies as st
 from delta_analysis.sweeps.curves import drop_curve, first_metric, outcome_matrix
 from delta_analysis.sweeps.intervals import MEAN, PERPLEXITY, metric_interval
 
-KEYS = ["pair", "method", "scope", "evaluation", "metric", "drop_rate"]
+KEYS = ["pair", "method", "scope", "evaluation", "metric", "kind", "drop_rate"]
 
 
 def cell(method: str, rate: float, seed: int, outcomes: list[float], **labels: str) -> dict[str, object]:
-    row = {"pair": "a", "method": method, "scope": "all", "evaluation": "questions", "metric": "accuracy"}
+    row = {
+        "pair": "a",
+        "method": method,
+        "scope": "all",
+        "evaluation": "questions",
+        "metric": "accuracy",
+        "kind": "score",
+    }
     return {**row, "drop_rate": rate, "seed": seed, "outcomes": outcomes, **labels}
 
 
@@ -34,9 +41,9 @@ def test_a_curve_averages_seeds_and_keeps_the_order_of_names() -> None:
             cell("DARE", 0.9, 0, [0, 0, 1, 1], pair="z"),
             cell("DARE", 0.0, 0, [1, 1, 1, 1], pair="z"),
             cell("drop only", 0.5, 0, [0, 0, 1, 1], pair="z"),
-            cell("DARE", 0.99, 0, [2, 4, 2, 4], pair="a", metric="perplexity"),
-            cell("DARE", 0.99, 1, [1, 1, 1, 1], pair="a", metric="perplexity"),
-            cell("DARE", 0.05, 0, [1, 0, 1, 0], pair="a", metric="perplexity"),
+            cell("DARE", 0.99, 0, [2, 4, 2, 4], pair="a", kind="perplexity"),
+            cell("DARE", 0.99, 1, [1, 1, 1, 1], pair="a", kind="perplexity"),
+            cell("DARE", 0.05, 0, [1, 0, 1, 0], pair="a", kind="perplexity"),
         ]
     )
     curve = drop_curve(cells)
@@ -60,7 +67,7 @@ def test_what_differs_in_a_key_is_not_averaged(key: str) -> None:
     curve = drop_curve(pd.DataFrame([one, other]))
     assert curve["seeds"].tolist() == [1, 1]
     assert curve[key].tolist() == [one[key], other[key]]
-    assert curve["value"].tolist() == [1, np.exp(0) if key == "metric" else 0]
+    assert curve["value"].tolist() == [1, np.exp(0) if key == "kind" else 0]
 
 
 def test_interval_resamples_seeds_and_items() -> None:
@@ -75,9 +82,7 @@ def test_interval_resamples_seeds_and_items() -> None:
 
 def test_perplexity_has_the_interval_of_its_blocks() -> None:
     losses = np.random.default_rng(1).random((2, 300))
-    cells = pd.DataFrame(
-        [cell("DARE", 0.5, seed, row.tolist(), metric="perplexity") for seed, row in enumerate(losses)]
-    )
+    cells = pd.DataFrame([cell("DARE", 0.5, seed, row.tolist(), kind="perplexity") for seed, row in enumerate(losses)])
     (row,) = drop_curve(cells).itertuples()
     assert (row.value, row.low, row.high) == pytest.approx(tuple(metric_interval(PERPLEXITY, losses)))
 

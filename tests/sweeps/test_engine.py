@@ -28,7 +28,7 @@ from delta_analysis.reports.family import questions_file
 from delta_analysis.sweeps import pairs as editable
 from delta_analysis.sweeps.cells import CellStore
 from delta_analysis.sweeps.engine import Evaluations, SweepError, options, sweep
-from delta_analysis.sweeps.intervals import metric_interval, metric_named
+from delta_analysis.sweeps.intervals import KINDS, metric_interval
 from delta_analysis.sweeps.jobs import Job
 from delta_analysis.sweeps.pairs import Edit, EditablePair, Pair
 from tests.tiny_family import (
@@ -50,7 +50,7 @@ from tests.tiny_family import (
 # Its name in the package is that of the function.
 sweep_module = importlib.import_module("delta_analysis.sweeps.engine")
 LABELS = ["pair", "method", "drop_rate", "rescale", "scope", "seed", "evaluation", "metric"]
-MEASURES = ["value", "low", "high", "achieved_drop_rate", "seconds", "outcomes"]
+MEASURES = ["kind", "value", "low", "high", "achieved_drop_rate", "seconds", "outcomes"]
 ORIGIN = ["device", "versions", "base_hash", "finetuned_hash", "error"]
 
 
@@ -94,7 +94,7 @@ def test_one_row_a_cell_and_metric_in_the_columns_of_the_contract(family: Family
     assert set(table["finetuned_hash"]) == {content_hash(str(family.finetuned))}
     assert set(table["versions"]) == {", ".join(f"{name} {version}" for name, version in versions().items())}
     for row in table.itertuples():
-        assert (row.value, row.low, row.high) == metric_interval(metric_named(row.metric), np.array([row.outcomes]))
+        assert (row.value, row.low, row.high) == metric_interval(KINDS[row.kind], np.array([row.outcomes]))
 
 
 def test_cells_are_base_plus_pruned_delta(family: Family, tmp_path: Path) -> None:

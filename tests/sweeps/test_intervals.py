@@ -6,6 +6,7 @@ import inspect
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,6 +14,7 @@ from scipy.stats import binom, norm
 from scipy.stats import t as t_distribution
 
 from delta_analysis.sweeps.intervals import (
+    ERROR,
     FEWEST_BLOCKS,
     MEAN,
     PERPLEXITY,
@@ -21,7 +23,7 @@ from delta_analysis.sweeps.intervals import (
     Resamples,
     kept_interval,
     metric_interval,
-    metric_named,
+    metric_of,
     percentile_interval,
     resampled_means,
     seed_stretch,
@@ -48,15 +50,10 @@ def draws(resamples: Resamples) -> np.ndarray:
     return 1 + (resamples.seeds - 1) / seed_stretch(resamples.seeds.shape[1])
 
 
-@pytest.mark.parametrize(
-    "name", ["accuracy", "similarity/0", "kl", "top5_logit_mse", "arc/acc_norm", "word_perplexity"]
-)
-def test_all_but_perplexity_are_means(name: str) -> None:
-    assert metric_named(name) is MEAN
-
-
-def test_perplexity_goes_by_its_name_and_has_blocks() -> None:
-    assert metric_named("perplexity") is PERPLEXITY
+def test_what_a_metric_is_stands_in_the_table() -> None:
+    for kind, metric in (("score", MEAN), ("perplexity", PERPLEXITY), ("error", ERROR)):
+        assert metric_of(pd.DataFrame({"metric": ["whatever"], "kind": [kind]})) is metric
+    assert metric_of(pd.DataFrame({"metric": ["perplexity"]})) is MEAN
     assert (MEAN.block, PERPLEXITY.block) == (1, 64)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
@@ -18,7 +19,7 @@ from scipy.special import expit, ndtri
 from scipy.special import logit as scipy_logit
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from delta_analysis.evaluation import Classification, ExactMatch, Labelled, Question
+from delta_analysis.evaluation import Classification, ExactMatch, Kind, Labelled, OutputDrift, Question
 from delta_analysis.pruning.pruners import Dare, Magnitude, MagPrune, Pruner
 from delta_analysis.sweeps import pairs as editable
 from delta_analysis.sweeps.engine import Evaluations, SweepError, sweep
@@ -354,6 +355,7 @@ class KeepsUntil(Judge):
 class LossOfZeros(Judge):
     """A loss of 1 and the share of zeros."""
 
+    kind: ClassVar[Kind] = "perplexity"
     name: str = "loss"
 
     def __call__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, np.ndarray]:
@@ -502,7 +504,13 @@ def test_perplexity_is_measured_too(pair: Pair, tmp_path: Path) -> None:
     expected = -math.log(0.95 + 0.05 / math.e)
     assert logit(tolerances["tolerated"][0]) == pytest.approx(logit(expected), abs=0.1)
     assert tolerances[["untouched", "floor"]].to_numpy()[0] == pytest.approx([math.e, math.e**2])
-    assert set(cells["metric"]) == {"perplexity"}
+    assert set(cells["kind"]) == {"perplexity"}
+
+
+def test_no_share_of_an_error_can_be_kept(pair: Pair, tmp_path: Path) -> None:
+    drift = OutputDrift(("a text",))
+    with pytest.raises(ValueError, match="this metric is an error, 0 for the untouched model"):
+        measure_tolerance([pair], Dare(0.5), [drift], SEEDS, tmp_path)
 
 
 def test_executors_give_the_same(pair: Pair, tmp_path: Path) -> None:
@@ -529,7 +537,7 @@ def test_what_no_tolerance_follows_from(pair: Pair, tmp_path: Path, evaluations:
         measure_tolerance([pair], Dare(0.5), evaluations, SEEDS, tmp_path)
 
 
-@pytest.mark.parametrize("metrics", [("accuracy", "kl"), ("accuracy", "perplexity")])
+@pytest.mark.parametrize("metrics", [("accuracy", "kl")])
 def test_the_first_of_several_metrics_counts(pair: Pair, tmp_path: Path, metrics: tuple[str, ...]) -> None:
     alone, _ = measure_tolerance([pair], Dare(0.5), [KeepsUntil(0.7)], SEEDS, tmp_path / "one")
     several = KeepsUntil(0.7, metrics=metrics)

@@ -13,7 +13,7 @@ from delta_analysis.sweeps import (
     first_metric,
     inverse_logit,
     logit,
-    metric_named,
+    metric_of,
     outcome_matrix,
     percentile_interval,
     resampled_means,
@@ -116,7 +116,7 @@ def at_rate(cells: pd.DataFrame, p: float) -> dict[str, pd.DataFrame]:
 
 def kept(cells: pd.DataFrame) -> Interval:
     """The share of the untouched metric that a pair keeps at its other drop rate."""
-    metric = metric_named(cells["metric"].iloc[0])
+    metric = metric_of(cells)
     pruned = outcome_matrix(cells[cells["drop_rate"] > 0])
     untouched = outcome_matrix(cells[cells["drop_rate"] == 0].head(1))
     resamples = two_way_resamples(*pruned.shape, block=metric.block)
@@ -128,7 +128,7 @@ def tolerances(cells: pd.DataFrame) -> dict[str, Interval]:
     """The tolerated drop rate of each pair, from all cells of one method."""
     return {
         str(pair): tolerated_interval(
-            metric_named(rows["metric"].iloc[0]),
+            metric_of(rows),
             {float(rate): outcome_matrix(group) for rate, group in rows.groupby("drop_rate")},
         )
         for pair, rows in cells.groupby("pair", sort=False)
