@@ -9,17 +9,23 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import MaxNLocator, NullFormatter
 
-from delta_analysis.plots.style import GREY, colours, is_share, legend_below, method_colours, metric_label
-from delta_analysis.sweeps import PERPLEXITY, logit, metric_of
-
-_RATE_TICKS = (0.001, 0.01, 0.03, 0.1, 0.3, 0.5, 0.7, 0.9, 0.95, 0.99, 0.999)
-
-
-def rate_ticks(low: float, high: float) -> list[float]:
-    """Drop rates to be named on an axis of log(p/(1-p)) from `low` to `high`."""
-    return [p for p in _RATE_TICKS if low <= logit(p) <= high]
+from delta_analysis.plots.style import (
+    GREY,
+    RATE_TICKS,
+    band,
+    colours,
+    is_share,
+    legend_below,
+    logit_axis,
+    method_colours,
+    metric_axis,
+    name_point,
+    percent_axis,
+    spread,
+)
+from delta_analysis.sweeps import logit
 
 
 def drop_curves(
@@ -44,24 +50,18 @@ def drop_curves(
     for name, group in curve.groupby(hue, sort=False):
         colour = palette[str(name)]
         line = group[group["drop_rate"].between(0, 1, inclusive="neither")].sort_values("drop_rate")
-        x = line["drop_rate"].map(logit)
-        style = "o--" if name in dashed else "o-"
-        ax.plot(x, line["value"], style, color=colour, ms=4, lw=1.6, label=name, zorder=3)
-        ax.fill_between(x, line["low"], line["high"], color=colour, alpha=0.18, lw=0, zorder=2)
+        band(ax, line["drop_rate"].map(logit), line, colour, "o--" if name in dashed else "o-", label=name)
         for end, place in ((0.0, left), (1.0, right)):
             reference = group[group["drop_rate"] == end]
             # Where nothing or everything is dropped, methods do not differ.
             end_colour = colour if hue == "pair" else GREY
             ax.plot([place] * len(reference), reference["value"], "D", color=end_colour, ms=6, mfc="white", zorder=4)
-    ticks = [p for p in _RATE_TICKS if rates.min() <= p <= rates.max()]
+    ticks = [p for p in RATE_TICKS if rates.min() <= p <= rates.max()]
     ax.set_xticks([left, *map(logit, ticks), right], ["0\n(untouched)", *(f"{p:g}" for p in ticks), "1\n(all dropped)"])
     ax.set_xlabel("drop rate p, on the scale log(p / (1 − p))")
+    metric_axis(ax, "y", curve)
     if is_share(curve):
         ax.set_ylim(-0.03, 1.03)
-        ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    elif metric_of(curve) is PERPLEXITY:
-        ax.set_yscale("log")
-    ax.set_ylabel(metric_label(curve))
     return legend_below(ax, columns=2)
 
 
@@ -76,17 +76,8 @@ def reference_lines(curve: pd.DataFrame, *, ax: Axes) -> Axes:
     ):
         for value in curve.loc[curve["drop_rate"] == drop_rate, "value"]:
             ax.axhline(value, color=GREY, lw=0.9, ls="--", zorder=1)
-            ax.annotate(
-                label,
-                (place, value),
-                xycoords=ax.get_yaxis_transform(),
-                xytext=(0, offset),
-                textcoords="offset points",
-                ha="right" if place > 0.5 else "left",
-                va=side,
-                size="x-small",
-                color=GREY,
-            )
+            look = {"ha": "right" if place > 0.5 else "left", "va": side, "size": "x-small", "color": GREY}
+            name_point(ax, label, (place, value), (0, offset), xycoords=ax.get_yaxis_transform(), **look)
     return ax
 
 
@@ -108,9 +99,8 @@ def similarity_by_layer(curve: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax = ax or plt.gca()
     palette = method_colours(curve["method"].tolist())
     for method, line in curve.groupby("method", sort=False):
-        line, colour = line.sort_values("layer"), palette[str(method)]
-        ax.plot(line["layer"], line["value"], "o-", color=colour, ms=4, lw=1.6, label=method, zorder=3)
-        ax.fill_between(line["layer"], line["low"], line["high"], color=colour, alpha=0.18, lw=0, zorder=2)
+        line = line.sort_values("layer")
+        band(ax, line["layer"], line, palette[str(method)], label=method)
     ax.axhline(1, color=GREY, lw=0.9, ls="--", zorder=1)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set(xlabel="layer (0: embedding output)", ylabel="cosine to the untouched model")
@@ -130,22 +120,15 @@ def factor_curves(curve: pd.DataFrame, chosen: pd.DataFrame, *, ax: Axes | None 
     for rate, colour in zip(rates, shades, strict=True):
         line = curve[curve["drop_rate"] == rate].sort_values("factor")
         place = np.log(line["factor"]) / -np.log1p(-rate)
-        ax.plot(place, line["value"], "o-", color=colour, ms=3.5, lw=1.6, label=f"p = {rate:g}", zorder=3)
-        ax.fill_between(place, line["low"], line["high"], color=colour, alpha=0.18, lw=0, zorder=2)
+        band(ax, place, line, colour, ms=3.5, label=f"p = {rate:g}")
         for _, row in chosen[chosen["drop_rate"] == rate].iterrows():
             at = int(np.argmin(np.abs(line["factor"] - row["factor"])))
             below = row["chosen_by"] == "labels"
-            ax.plot(
-                place.iloc[at],
-                line["value"].iloc[at] + (-0.07 if below else 0.07),
-                "^" if below else "v",
-                color=colour,
-                ms=7,
-                zorder=4,
-            )
+            beside = line["value"].iloc[at] + (-0.07 if below else 0.07)
+            ax.plot(place.iloc[at], beside, "^" if below else "v", color=colour, ms=7, zorder=4)
     ax.set_xticks([0, 0.5, 1], ["1\n(drop only)", "1/√(1 − p)", "1/(1 − p)\n(DARE)"])
     ax.set(xlabel="factor after dropping", ylabel="accuracy (exact match)", ylim=(-0.1, 1.12))
-    ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    percent_axis(ax.yaxis)
     return legend_below(ax, columns=len(rates))
 
 
@@ -161,11 +144,10 @@ def tolerance_by_size(tolerances: pd.DataFrame, *, hue: str = "relation", ax: Ax
         # Side by side, so that intervals of one size do not hide each other.
         x = line["parameters"] * 1.03 ** (i - (len(palette) - 1) / 2)
         y, low, high = (line[column].map(logit) for column in ("tolerated", "low", "high"))
-        ax.errorbar(x, y, [y - low, high - y], fmt="o-", color=colour, ms=5, lw=1.4, elinewidth=1.4, label=name)
+        ax.errorbar(x, y, spread(y, low, high), fmt="o-", color=colour, ms=5, lw=1.4, elinewidth=1.4, label=name)
     ends = tolerances["low"].map(logit).min() - 0.3, tolerances["high"].map(logit).max() + 0.3
-    shown = rate_ticks(*ends)
-    ax.set_yticks([logit(p) for p in shown], [f"{p:g}" for p in shown])
-    ax.set(xscale="log", ylim=ends, xlabel="parameters", ylabel="tolerated drop rate, on log(p / (1 − p))")
+    logit_axis(ax, "y", *ends)
+    ax.set(xscale="log", xlabel="parameters", ylabel="tolerated drop rate, on log(p / (1 − p))")
     sizes = sorted(set(tolerances["parameters"]))
     ax.set_xticks(sizes, [f"{n / 1e6:.2g}M" if n < 1e9 else f"{n / 1e9:.2g}B" for n in sizes])
     ax.xaxis.set_minor_formatter(NullFormatter())

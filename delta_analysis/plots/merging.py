@@ -10,7 +10,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from delta_analysis.plots.style import GREY, PALETTE, legend_below
+from delta_analysis.plots.style import GREY, PALETTE, band, legend_below, percent_axis, spread, step_axis
 
 MERGE_COLOURS = {
     "task arithmetic": "#0072B2",
@@ -38,9 +38,9 @@ def merge_dots(scores: pd.DataFrame, lines: Mapping[str, float], *, ax: Axes | N
     for i, rate in enumerate(rates):
         here = scores[scores["drop_rate"] == rate]
         y = [ways.index(way) + 0.2 * (i - (len(rates) - 1) / 2) for way in here["way"]]
-        spread = [here["value"] - here["low"], here["high"] - here["value"]]
+        reach = spread(here["value"], here["low"], here["high"])
         label = f"p = {rate:g}" if rate else "nothing dropped"
-        ax.errorbar(here["value"], y, xerr=spread, fmt="o", ms=5, lw=1.4, color=shades[rate], label=label)
+        ax.errorbar(here["value"], y, xerr=reach, fmt="o", ms=5, lw=1.4, color=shades[rate], label=label)
     for i, (label, value) in enumerate(sorted(lines.items(), key=lambda line: line[1])):
         ax.axvline(value, color=GREY, lw=0.9, ls="--", zorder=1)
         # By turns on two heights, so that neighbours do not overlap.
@@ -48,7 +48,7 @@ def merge_dots(scores: pd.DataFrame, lines: Mapping[str, float], *, ax: Axes | N
         ax.annotate(label, place, xycoords=ax.get_xaxis_transform(), ha="center", size="x-small", color=GREY)
     ax.set_yticks(range(len(ways)), ways)
     ax.set(ylim=(len(ways) - 0.4, -0.6), xlabel="accuracy (exact match), mean over the tasks")
-    ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    percent_axis(ax.xaxis)
     return legend_below(ax, columns=len(rates))
 
 
@@ -60,10 +60,10 @@ def merge_curves(scores: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax = ax or plt.gca()
     for i, (task, line) in enumerate(scores.groupby("task", sort=False)):
         line, colour = line.sort_values("drop_rate"), PALETTE[i % len(PALETTE)]
-        spread = [line["value"] - line["low"], line["high"] - line["value"]]
-        ax.errorbar(line["drop_rate"], line["value"], spread, fmt="o-", ms=4, lw=1.6, color=colour, label=task)
+        reach = spread(line["value"], line["low"], line["high"])
+        ax.errorbar(line["drop_rate"], line["value"], reach, fmt="o-", ms=4, lw=1.6, color=colour, label=task)
     ax.set(ylim=(-0.03, 1.03), xlim=(-0.05, 1.02), xlabel="drop rate p", ylabel="accuracy")
-    ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    percent_axis(ax.yaxis)
     return ax
 
 
@@ -78,13 +78,10 @@ def along_trail(scores: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         # That of the longest name, so that "TIES, sum" is not taken for "TIES".
         colour = MERGE_COLOURS[max((name for name in MERGE_COLOURS if str(way).startswith(name)), key=len)]
         style = "o--" if way in ("before merging", "fine-tuned afterwards") else "o-"
-        ax.plot(line["steps"], line["value"], style, color=colour, ms=4, lw=1.6, label=way, zorder=3)
-        ax.fill_between(line["steps"], line["low"], line["high"], color=colour, alpha=0.15, lw=0, zorder=2)
-    ax.set(xscale="log", ylim=(-0.03, 1.03), xlabel="steps of continual pre-training", ylabel="accuracy (exact match)")
-    steps = sorted(scores["steps"].unique())
-    ax.set_xticks(steps, [f"{each:g}" for each in steps])
-    ax.minorticks_off()
-    ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        band(ax, line["steps"], line, colour, style, label=way)
+    ax.set(ylim=(-0.03, 1.03), ylabel="accuracy (exact match)")
+    step_axis(ax, scores["steps"])
+    percent_axis(ax.yaxis)
     return ax
 
 
@@ -100,12 +97,9 @@ def discards_along_trail(rates: pd.DataFrame, *, ax: Axes | None = None) -> Axes
         style = (":" if i % 2 else "--") if null else "o-"
         colour = GREY if null else PALETTE[i % len(PALETTE)]
         ax.plot(line["steps"], line["discarded"], style, color=colour, ms=4, lw=1.6, label=way)
-    ax.set(ylim=(-0.01, 0.55), xlabel="steps of continual pre-training", ylabel="entries that lose the election")
-    ax.set_xscale("log")
-    steps = sorted(rates["steps"].unique())
-    ax.set_xticks(steps, [f"{each:g}" for each in steps])
-    ax.minorticks_off()
-    ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    ax.set(ylim=(-0.01, 0.55), ylabel="entries that lose the election")
+    step_axis(ax, rates["steps"])
+    percent_axis(ax.yaxis)
     return legend_below(ax, columns=3)
 
 

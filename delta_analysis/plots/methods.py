@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import PercentFormatter
 
-from delta_analysis.plots.style import is_share, method_colours, metric_label, plain_log_axis, readable_on
-from delta_analysis.sweeps import PERPLEXITY, metric_of
+from delta_analysis.plots.style import (
+    dot_rows,
+    method_colours,
+    metric_axis,
+    name_point,
+    plain_log_axis,
+    readable_on,
+)
 
 
 def method_dots(curve: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
@@ -19,19 +23,9 @@ def method_dots(curve: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     `curve` has the columns of `drop_curve`.
     """
     ax = ax or plt.gca()
-    palette = method_colours(curve["method"].tolist())
-    places = np.arange(len(curve))[::-1]
-    for place, (_, row) in zip(places, curve.iterrows(), strict=True):
-        colour = palette[row["method"]]
-        ax.plot([row["low"], row["high"]], [place, place], color=colour, lw=1.6)
-        ax.plot(row["value"], place, "o", color=colour, ms=5)
-    ax.set_yticks(places, curve["method"])
-    ax.set_ylim(-0.6, len(curve) - 0.4)
-    if is_share(curve):
-        ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    elif metric_of(curve) is PERPLEXITY:
-        ax.set_xscale("log")
-    ax.set_xlabel(metric_label(curve))
+    methods = curve["method"].tolist()
+    dot_rows(ax, curve, "value", methods, method_colours(methods), "method")
+    metric_axis(ax, "x", curve)
     return ax
 
 
@@ -49,16 +43,8 @@ def drift_scatter(summary: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         colour = palette[row["method"]]
         ax.plot([row["parameter_error"]] * 2, [row["low"], row["high"]], color=colour, lw=1.6)
         ax.plot(row["parameter_error"], row["drift"], "o", color=colour, ms=6)
-        ax.annotate(
-            row["method"],
-            (row["parameter_error"], row["drift"]),
-            xytext=(-7 if left else 7, 0),
-            textcoords="offset points",
-            ha="right" if left else "left",
-            va="center",
-            color=colour,
-            size="small",
-        )
+        look = {"ha": "right" if left else "left", "va": "center", "color": colour, "size": "small"}
+        name_point(ax, row["method"], (row["parameter_error"], row["drift"]), (-7 if left else 7, 0), **look)
     ax.set(
         xscale="log",
         yscale="log",

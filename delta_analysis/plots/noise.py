@@ -8,22 +8,27 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from delta_analysis.checkpoints import NO_LAYER
-from delta_analysis.plots.curves import rate_ticks
 from delta_analysis.plots.style import (
     GREY,
     METHOD_COLOURS,
     PALETTE,
+    band,
     colours,
+    dot_rows,
     is_share,
     legend_below,
+    logit_axis,
     method_colours,
-    metric_label,
+    metric_axis,
+    name_point,
+    percent_axis,
     plain_log_axis,
+    spread,
 )
-from delta_analysis.sweeps import PERPLEXITY, logit, metric_of
+from delta_analysis.sweeps import logit
 
 APART = 1.35
 """Labels of points that are nearer to each other on a log axis would overlap."""
@@ -50,15 +55,8 @@ def noise_by_layer(noise: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         top = int(np.nanargmax(group["noise_share"]))
         row = group.iloc[top]
         near_right = x[top] > last - 1
-        ax.annotate(
-            row["module"],
-            (x[top] + shift, row["noise_share"]),
-            xytext=(-6 if near_right else 6, 4),
-            textcoords="offset points",
-            ha="right" if near_right else "left",
-            size="x-small",
-            color=colour,
-        )
+        look = {"ha": "right" if near_right else "left", "size": "x-small", "color": colour}
+        name_point(ax, row["module"], (x[top] + shift, row["noise_share"]), (-6 if near_right else 6, 4), **look)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda at, _: _place_name(at, last)))
     ax.set(yscale="log", xlabel="layer", ylabel="noise base N / output energy Y", xlim=(-1.6, last + 1.6))
@@ -81,24 +79,14 @@ def foretold_scatter(table: pd.DataFrame, *, hue: str = "group", ax: Axes | None
     for name, colour in colours(table[hue].tolist()).items():
         group = table[table[hue] == name]
         y, low, high = (group[column].map(logit) for column in ("tolerated", "low", "high"))
-        spread = [(y - low).clip(lower=0), (high - y).clip(lower=0)]
-        ax.errorbar(
-            group["foretold"], y, spread, fmt="o", ms=4, lw=0.8, color=colour, ecolor=colour, alpha=0.75, label=name
-        )
+        reach = spread(y, low, high)
+        ax.errorbar(group["foretold"], y, reach, fmt="o", ms=4, lw=0.8, color=colour, alpha=0.75, label=name)
     ends = [float(table["foretold"].min()) - 0.5, float(table["foretold"].max()) + 0.5]
     ax.plot(ends, ends, "--", color=GREY, lw=1, zorder=1)
-    _rates(ax, "x", ends)
-    _rates(ax, "y", [table["low"].map(logit).min() - 0.3, table["high"].map(logit).max() + 0.3])
+    logit_axis(ax, "x", *ends)
+    logit_axis(ax, "y", table["low"].map(logit).min() - 0.3, table["high"].map(logit).max() + 0.3)
     ax.set(xlabel="foretold tolerated drop rate", ylabel="measured")
     return legend_below(ax, columns=3)
-
-
-def _rates(ax: Axes, side: str, ends: list[float]) -> None:
-    """Drop rates as ticks of an axis of their logits."""
-    shown = rate_ticks(*ends)
-    axis = ax.xaxis if side == "x" else ax.yaxis
-    axis.set_ticks([logit(p) for p in shown], [f"{p:g}" for p in shown])
-    (ax.set_xlim if side == "x" else ax.set_ylim)(*ends)
 
 
 def shift_rows(shifts: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
@@ -136,16 +124,13 @@ def damage_by_noise(curve: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     inner = curve[curve["drop_rate"].between(0, 1, inclusive="neither")]
     for pair, colour in colours(inner["pair"].tolist()).items():
         line = inner[inner["pair"] == pair].sort_values("noise")
-        ax.plot(line["noise"], line["value"], "o-", color=colour, ms=4, lw=1.6, label=pair, zorder=3)
-        ax.fill_between(line["noise"], line["low"], line["high"], color=colour, alpha=0.18, lw=0, zorder=2)
-    ax.set(xscale="log", xlabel="noise in the layers, p / (1 − p) · N/Y brought together", ylabel=metric_label(inner))
+        band(ax, line["noise"], line, colour, label=pair)
+    ax.set(xscale="log", xlabel="noise in the layers, p / (1 − p) · N/Y brought together")
+    metric_axis(ax, "y", inner)
     # Over many decades only their powers of ten can be named.
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     if is_share(inner):
         ax.set_ylim(-0.03, 1.03)
-        ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    elif metric_of(inner) is PERPLEXITY:
-        ax.set_yscale("log")
     return legend_below(ax, columns=2)
 
 
@@ -157,25 +142,17 @@ def trail_tolerance(trail: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax = ax or plt.gca()
     ordered = trail.sort_values("noise")
     y, low, high = (ordered[column].map(logit) for column in ("tolerated", "low", "high"))
-    spread = [(y - low).clip(lower=0), (high - y).clip(lower=0)]
-    ax.errorbar(ordered["noise"], y, spread, fmt="o", color=PALETTE[0], ms=5, lw=1.4)
+    ax.errorbar(ordered["noise"], y, spread(y, low, high), fmt="o", color=PALETTE[0], ms=5, lw=1.4)
     named = 0.0
     for _, row in ordered.iterrows():
         # Of bases whose noise is nearly the same the first is named.
         if row["noise"] < APART * named:
             continue
         named = row["noise"]
-        ax.annotate(
-            row["label"],
-            (row["noise"], logit(row["tolerated"])),
-            xytext=(6, 6),
-            textcoords="offset points",
-            size="small",
-            color=GREY,
-        )
+        name_point(ax, row["label"], (row["noise"], logit(row["tolerated"])), (6, 6), size="small", color=GREY)
     ax.set(xscale="log", xlabel="noise in the layers, N/Y brought together", ylabel="tolerated drop rate")
     plain_log_axis(ax.xaxis)
-    _rates(ax, "y", [math.floor(low.min()) - 0.3, high.max() + 0.4])
+    logit_axis(ax, "y", math.floor(low.min()) - 0.3, high.max() + 0.4)
     return ax
 
 
@@ -189,12 +166,6 @@ def recovery_dots(recoveries: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     recoveries = recoveries.sort_values("kept", ascending=False, kind="stable")
     # By the alphabet, so that panels agree.
     palette = method_colours(sorted(set(recoveries["way"])))
-    places = np.arange(len(recoveries))[::-1]
-    for place, (_, row) in zip(places, recoveries.iterrows(), strict=True):
-        colour = palette[row["way"]]
-        face = "white" if row["chosen_by"] == "labels" else colour
-        ax.plot([row["low"], row["high"]], [place, place], color=colour, lw=1.6)
-        ax.plot(row["kept"], place, "o", color=colour, ms=5, mfc=face, zorder=3)
     dare = recoveries.loc[recoveries["way"] == "DARE", "kept"].iloc[0]
     ax.axvline(dare, color=METHOD_COLOURS["DARE"], lw=0.9, ls="--", zorder=1)
     ax.axvline(recoveries["floor"].iloc[0], color=GREY, lw=0.9, ls=":", zorder=1)
@@ -202,7 +173,8 @@ def recovery_dots(recoveries: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         row["way"] if row["chosen_by"] == "-" else f"{row['way']}, {row['chosen_by']}"
         for _, row in recoveries.iterrows()
     ]
-    ax.set_yticks(places, names)
-    ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    ax.set(xlabel="share of the untouched metric that is kept", xlim=(-0.03, 1.08), ylim=(-0.6, len(places) - 0.4))
+    hollow = np.flatnonzero(recoveries["chosen_by"] == "labels").tolist()
+    dot_rows(ax, recoveries, "kept", names, palette, "way", hollow)
+    percent_axis(ax.xaxis)
+    ax.set(xlabel="share of the untouched metric that is kept", xlim=(-0.03, 1.08))
     return ax

@@ -9,11 +9,10 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
-from matplotlib.ticker import PercentFormatter
 
 from delta_analysis.checkpoints import NO_LAYER
 from delta_analysis.deltas import MAGNITUDE_QUANTILES, THRESHOLDS
-from delta_analysis.plots.style import GREY, colours, legend_below, plain_log_axis
+from delta_analysis.plots.style import GREY, colours, legend_below, name_point, percent_axis, plain_log_axis
 
 
 def magnitude_quantiles(ranges: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
@@ -61,7 +60,7 @@ def magnitude_histograms(histograms: pd.DataFrame, *, ax: Axes | None = None) ->
     shown = histograms.loc[histograms["density"] > 1e-4]
     if len(shown):
         ax.set_xlim(max(shown["low"].min(), 1e-8), shown["high"].max())
-    ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    percent_axis(ax.yaxis)
     return legend_below(ax, columns=2)
 
 
@@ -126,14 +125,8 @@ def trail_growth(trail: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     shades = sns.color_palette("crest", len(labels)).as_hex()
     for (column, label), colour in zip(labels.items(), shades, strict=True):
         ax.plot(trail["step"], trail[column], "o-", color=colour, ms=4)
-        ax.annotate(
-            label,
-            (trail["step"].iloc[-1], trail[column].iloc[-1]),
-            xytext=(8, 0),
-            textcoords="offset points",
-            va="center",
-            color=colour,
-        )
+        end = (trail["step"].iloc[-1], trail[column].iloc[-1])
+        name_point(ax, label, end, (8, 0), va="center", color=colour)
     for threshold in THRESHOLDS[2:]:
         ax.axhline(threshold, color=GREY, lw=0.8, ls=":", zorder=1)
         ax.text(trail["step"].iloc[0], threshold, f"{threshold:g}", color=GREY, va="bottom", size="x-small")

@@ -22,7 +22,9 @@ def test_drop_curves_draw_lines_bands_and_both_ends(curve: pd.DataFrame) -> None
     np.testing.assert_allclose(lines["c → d"].get_ydata(), [0.7, 0.2, 0.0])
     assert len(ax.collections) == 2
     ends = [line for line in ax.get_lines() if line.get_marker() == "D"]
+    # The untouched model stands left of all, and the base right.
     assert [float(line.get_ydata()[0]) for line in ends] == [1, 0.1, 1, 0]
+    assert [float(line.get_xdata()[0]) for line in ends] == [logit(0.1) - 0.8, logit(0.9) + 0.8] * 2
     assert "drop rate" in ax.get_xlabel()
     assert "accuracy" in ax.get_ylabel()
     assert ax.get_legend() is not None

@@ -124,6 +124,7 @@ def test_measured_stands_against_foretold_on_one_scale(foretold: pd.DataFrame) -
         ends = [(segment[0, 1], segment[1, 1]) for segment in bars.get_segments()]
         high = np.maximum(group["high"], group["tolerated"])
         np.testing.assert_allclose(ends, list(zip(group["low"].map(logit), high.map(logit), strict=True)))
+    assert "foretold" in ax.get_xlabel() and "measured" in ax.get_ylabel()
     (diagonal,) = [line for line in ax.get_lines() if line.get_linestyle() == "--"]
     np.testing.assert_array_equal(diagonal.get_xdata(), diagonal.get_ydata())
     assert (ax.get_xlim(), diagonal.get_color()) == ((-1.5, 2.5), plots.GREY)

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from delta_analysis import plots
-from delta_analysis.plots.style import is_share, metric_label, readable_on
+from delta_analysis.plots.style import is_share, metric_axis, readable_on
 
 
 def test_names_keep_their_colour_in_order_of_appearance() -> None:
@@ -49,5 +49,7 @@ def test_a_share_is_a_mean_between_nothing_and_all(kind: str, low: float, high: 
 
 
 def test_accuracy_says_of_what() -> None:
-    labels = [metric_label(pd.DataFrame({"metric": [metric]})) for metric in ("accuracy", "kl")]
-    assert labels == ["accuracy (exact match)", "kl"]
+    for side, metric, expected in (("x", "accuracy", "accuracy (exact match)"), ("y", "kl", "kl")):
+        ax = plt.figure().subplots()
+        metric_axis(ax, side, pd.DataFrame({"metric": [metric], "kind": ["score"], "low": [0.1], "high": [0.9]}))
+        assert (ax.get_xlabel() if side == "x" else ax.get_ylabel()) == expected
