@@ -9,7 +9,7 @@ import torch
 
 import delta_analysis as da
 from delta_analysis.deltas.tally import tally_tensor
-from delta_analysis.pruning.pruners import Pruner
+from delta_analysis.pruning import Pruner
 
 Work = Callable[[torch.Tensor], object]
 Prune = Callable[[torch.Tensor], torch.Tensor]
@@ -19,10 +19,9 @@ PRUNERS: dict[str, Pruner] = {
     "Dare(0.9)": da.Dare(DROP_RATE),
     'Dare(0.9, rescale="l1")': da.Dare(DROP_RATE, rescale="l1"),
     "Magnitude(0.9)": da.Magnitude(DROP_RATE),
-    'Magnitude(0.9, scope="row")': da.Magnitude(DROP_RATE, scope="row"),
+    'Magnitude(0.9, within="row")': da.Magnitude(DROP_RATE, within="row"),
     "MagPrune(0.9)": da.MagPrune(DROP_RATE),
-    'MagPrune(0.9, rank="tensor")': da.MagPrune(DROP_RATE, rank="tensor"),
-    'MagPrune(0.9, rank="value")': da.MagPrune(DROP_RATE, rank="value"),
+    'MagPrune(0.9, within="tensor")': da.MagPrune(DROP_RATE, within="tensor"),
 }
 OPERATORS: dict[str, Prune] = {name: partial(pruner, name="w", seed=0) for name, pruner in PRUNERS.items()}
 STATISTICS: dict[str, Work] = {"value_ranges, one tensor": tally_tensor}

@@ -13,11 +13,8 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
-
 from benchmarks import engine, merging, noise, reading, tables
 from benchmarks.checkpoints import LLAMA_1B, SMALL_PAIR
-from benchmarks.device import device_times
 from benchmarks.memory import Shares, memory_shares
 from benchmarks.ours import OPERATORS, STATISTICS
 from benchmarks.peers import PEERS
@@ -74,10 +71,6 @@ def measure(shapes: tuple[tuple[int, int], ...], main_shape: tuple[int, int], bu
         f"{tables.size_name(main_shape)}, one thread, ns an entry; a stage writes into memory that is ready.",
         tables.stages(stages),
     ]
-    if torch.cuda.is_available():
-        say("device")
-        times = {setting: device_times(setting, "cuda", budget) for setting in settings if setting.threads == 1}
-        parts += [f"## On {torch.cuda.get_device_name()}", "ns an entry (copies):", tables.on_device(times)]
     return "\n\n".join(parts)
 
 

@@ -10,7 +10,7 @@ import torch
 import delta_analysis as da
 from benchmarks.ours import DROP_RATE, OPERATORS, make_tensor
 from benchmarks.timing import medians
-from delta_analysis._kernels import kernels, philox
+from delta_analysis._kernels import drop_below, drop_randomly, philox, rank_sums
 from delta_analysis._kernels.blocks import BLOCK
 from delta_analysis.pruning.by_row import ROWS_BLOCK
 
@@ -46,17 +46,17 @@ def dare(tensor: torch.Tensor, out: torch.Tensor) -> Stages:
 
     return {
         ("Dare(0.9)", "random numbers alone"): draw,
-        ("Dare(0.9)", "draw and drop"): lambda: kernels.drop(values, DROP_RATE, None, KEY, 0, out.view(-1)),
+        ("Dare(0.9)", "draw and drop"): lambda: drop_randomly(values, DROP_RATE, None, KEY, 0, out.view(-1)),
         ("Dare(0.9)", "the whole call"): lambda: OPERATORS["Dare(0.9)"](tensor),
     }
 
 
 def magnitude(tensor: torch.Tensor, out: torch.Tensor) -> Stages:
     pruner, values = da.Magnitude(DROP_RATE), tensor.view(-1)
-    place = pruner.cut({"w": tensor}, 0).within("w")
+    place = pruner.threshold({"w": tensor}, 0).of("w")
     return {
-        ("Magnitude(0.9)", "find the cut"): lambda: pruner.cut({"w": tensor}, 0),
-        ("Magnitude(0.9)", "drop below it"): lambda: kernels.drop_below(values, place, 1.0, KEY, 0, out.view(-1)),
+        ("Magnitude(0.9)", "find the threshold"): lambda: pruner.threshold({"w": tensor}, 0),
+        ("Magnitude(0.9)", "drop below it"): lambda: drop_below(values, place, 1.0, KEY, 0, out.view(-1)),
         ("Magnitude(0.9)", "the whole call"): lambda: OPERATORS["Magnitude(0.9)"](tensor),
     }
 
@@ -65,20 +65,20 @@ def magprune(tensor: torch.Tensor, out: torch.Tensor) -> Stages:
     """Stages on one block of rows after another, each of which stays in the processor's cache."""
     pruner, row = da.MagPrune(DROP_RATE), tensor.shape[1]
     blocks = list(row_blocks(tensor, out))
-    sums = kernels.rank_sums(blocks[0][0])
-    rates = pruner._by_rank(row, sums.clone())
+    sums = rank_sums(blocks[0][0])
+    rates = pruner.probabilities(row, sums.clone())
 
     def rank() -> None:
         for block, _, _ in blocks:
-            kernels.rank_sums(block)
+            rank_sums(block)
 
     def probabilities() -> None:
         for block, _, _ in blocks:
-            pruner._by_rank(row, sums[: len(block)])
+            pruner.probabilities(row, sums[: len(block)])
 
     def drop() -> None:
         for block, start, target in blocks:
-            kernels.drop(block, rates[: len(block)], None, KEY, start, target)
+            drop_randomly(block, rates[: len(block)], None, KEY, start, target)
 
     return {
         ("MagPrune(0.9)", "rank in each row"): rank,

@@ -161,11 +161,3 @@ def stages(times: Mapping[torch.dtype, Mapping[tuple[str, str], float]]) -> str:
         for operator, stage in times[DTYPES[0]]
     ]
     return table(("operator", "stage", *map(dtype_name, DTYPES)), rows, words=2)
-
-
-def on_device(races: Races) -> str:
-    rows = [
-        (code(name), *(f"{short(times[name])} ({short(times[name] / times[CLONE])})" for times in races.values()))
-        for name in (CLONE, *OPERATORS)
-    ]
-    return table(("work", *(dtype_name(setting.dtype) for setting in races)), rows)

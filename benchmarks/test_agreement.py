@@ -25,7 +25,7 @@ from delta_analysis.merging.merger import merge
 from delta_analysis.merging.methods import MergeMethod
 from delta_analysis.merging.task_arithmetic import TaskArithmetic
 from delta_analysis.merging.ties import Ties
-from delta_analysis.pruning.pruners import Dare, Magnitude, MagPrune, Pruner
+from delta_analysis.pruning import Dare, Magnitude, MagPrune, Pruner
 
 NAMES = ("base", "instruct", "math", "code")
 DROP_RATE = 0.75

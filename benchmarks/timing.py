@@ -37,9 +37,9 @@ class Setting:
         return math.prod(self.shape)
 
 
-def warm_up(works: Mapping[str, Work], dtype: torch.dtype, device: str = "cpu") -> None:
+def warm_up(works: Mapping[str, Work], dtype: torch.dtype) -> None:
     """Compile, or load, all that a call needs."""
-    tensor = make_tensor(WARM_UP, dtype).to(device)
+    tensor = make_tensor(WARM_UP, dtype)
     for work in works.values():
         work(tensor)
 

@@ -15,7 +15,7 @@ from delta_analysis.checkpoints.checkpoint import open_checkpoint
 from delta_analysis.checkpoints.paths import find_root
 from delta_analysis.deltas.delta import load_delta
 from delta_analysis.evaluation.models import load_model, load_tokenizer
-from delta_analysis.pruning.pruners import Dare
+from delta_analysis.pruning import Dare
 from delta_analysis.sweeps.engine import sweep
 from delta_analysis.sweeps.pairs import Pair
 

@@ -11,26 +11,16 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier, Lock
-from types import ModuleType
 from typing import TypeVar
 
+import numpy as np
 import torch
-
-from delta_analysis._kernels import kernels
-from delta_analysis._kernels import torch_loops as torch_kernels
-from delta_analysis._kernels.memory import uninitialised
 
 Result = TypeVar("Result")
 BLOCK = 2**18
-"""Entries of a block on the CPU where work on it takes memory: a megabyte in float32."""
-DEVICE_BLOCK = 2**24
+"""Entries of a block where work on it takes memory: a megabyte in float32."""
 _pools: dict[tuple[int, int], ThreadPoolExecutor] = {}
 _building = Lock()
-
-
-def kernels_for(device: torch.device) -> ModuleType:
-    """The inner loops for a device: compiled for the CPU, in torch elsewhere."""
-    return kernels if device.type == "cpu" else torch_kernels
 
 
 def row_length(tensor: torch.Tensor) -> int:
@@ -46,22 +36,17 @@ def map_blocks(
     block: int = BLOCK,
     dtypes: Sequence[torch.dtype] = (torch.float32,),
 ) -> list[Result]:
-    """`work(values, start)` on each block, in order of position.
+    """`work(values, start)` on each flat block of about `block` entries, in order of position.
 
-    Parameters
-    ----------
-    tensor : of any floating dtype, shape and device.
-    work : gets a flat block, not to be written to, and the position of its first entry.
-    multiple : every block but the last has a multiple of this many entries, such as a row.
-    block : about how many entries a block has.
-    dtypes : those that `work` reads; a tensor of another one comes as float32.
+    Blocks lie on the CPU, where a tensor of another device is copied first. They are not to be written to.
+    Each but the last has a multiple of `multiple` entries, such as a row. A tensor of a dtype that is not
+    in `dtypes` comes as float32.
     """
     if not tensor.is_floating_point():
         raise ValueError(f"a tensor of floating dtype is needed; this one is {tensor.dtype}")
-    flat = tensor.detach().reshape(-1)
-    on_cpu = flat.device.type == "cpu"
+    flat = tensor.detach().cpu().reshape(-1)
     convert = flat.dtype not in dtypes
-    step = max((min(block, BLOCK) if convert else block) if on_cpu else DEVICE_BLOCK, multiple, 1)
+    step = max(min(block, BLOCK) if convert else block, multiple, 1)
     step -= step % max(multiple, 1)
 
     # Inference mode is a thread's own, and its tensors cannot be written to outside of it.
@@ -73,7 +58,7 @@ def map_blocks(
             return [work(values.to(torch.float32) if convert else values, start) for values, start in blocks]
 
     starts = range(0, flat.numel(), step)
-    threads = min(torch.get_num_threads(), len(starts)) if on_cpu else 1
+    threads = min(torch.get_num_threads(), len(starts))
     if threads <= 1:
         return run(starts)
     edges = [len(starts) * i // threads for i in range(threads + 1)]
@@ -89,8 +74,8 @@ def new_tensor(
     block: int = BLOCK,
     dtypes: Sequence[torch.dtype] = (torch.float32,),
 ) -> torch.Tensor:
-    """A tensor of the same shape and dtype, of which `work(values, start, out)` fills each block."""
-    result = uninitialised(tensor.shape, tensor.dtype, tensor.device)
+    """A tensor of the same shape, dtype and device, of which `work(values, start, out)` fills each block."""
+    result = uninitialised(tensor.shape, tensor.dtype)
     flat = result.view(-1)
 
     def fill(values: torch.Tensor, start: int) -> None:
@@ -101,7 +86,22 @@ def new_tensor(
             place.copy_(out)
 
     map_blocks(tensor, fill, multiple=multiple, block=block, dtypes=dtypes)
-    return result
+    return result.to(tensor.device)
+
+
+def uninitialised(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """A new tensor whose entries may be anything."""
+    # numpy asks for huge pages, so that a large tensor costs few page faults.
+    numel = math.prod(shape)
+    memory = np.empty(max(numel, 1) * dtype.itemsize, dtype=np.uint8)
+    return torch.from_numpy(memory).view(dtype)[:numel].view(tuple(shape))
+
+
+def to_float32(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in float32: itself if it is that, else a new one."""
+    if tensor.dtype == torch.float32:
+        return tensor
+    return uninitialised(tensor.shape, torch.float32).copy_(tensor)
 
 
 def thread_pool(threads: int) -> ThreadPoolExecutor:

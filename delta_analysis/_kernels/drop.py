@@ -1,4 +1,4 @@
-"""Dropping by probability on the CPU: random numbers, masks and factors over one block of entries."""
+"""Dropping by probability: random numbers, masks and factors over one block of entries."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from delta_analysis._kernels.floats import compiled, entries, magnitude, narrow, widen
-from delta_analysis._kernels.philox import GROUP, LANES, RANGE, Key, draw, fill, number_at, schedule
+from delta_analysis._kernels.philox import GROUP, LANES, RANGE, Key, draw, number_at, schedule
 
 _SIGN = np.uint32(2**31)
 
@@ -16,14 +16,7 @@ def key_words(key: Key) -> tuple[np.uint64, np.uint64]:
     return np.uint64(key[0]), np.uint64(key[1])
 
 
-def random_bits(key: Key, start: int, count: int, device: torch.device) -> torch.Tensor:
-    """Numbers `start` to `start + count` of a stream, in int64."""
-    bits = np.empty(count, dtype=np.uint32)
-    fill(key, start, bits)
-    return torch.from_numpy(bits.astype(np.int64))
-
-
-def drop(
+def drop_randomly(
     values: torch.Tensor, p: float | torch.Tensor, factor: float | None, key: Key, start: int, out: torch.Tensor
 ) -> None:
     """Set `out` to 0 where the random number is below round(p · 2³²), to `values · factor` elsewhere.
@@ -84,7 +77,7 @@ def _drop_each(values, k0, k1, start, p, factor, own_factor, out):  # type: igno
 def drop_at(
     values: torch.Tensor, p: torch.Tensor, factor: float | None, key: Key, positions: torch.Tensor
 ) -> torch.Tensor:
-    """What `drop` makes of float32 entries that stand at scattered positions of the tensor."""
+    """What `drop_randomly` makes of float32 entries that stand at scattered positions of the tensor."""
     out = torch.empty_like(values)
     arguments = positions.numpy(), p.numpy(), np.float32(factor or 0), factor is None
     _drop_at(values.numpy(), *key_words(key), *arguments, out.numpy())

@@ -1,4 +1,4 @@
-"""The order of magnitudes on the CPU: ranks, counts, ties and cuts over one block of entries.
+"""The order of magnitudes: ranks, counts, ties and thresholds over one block of entries.
 
 A magnitude is compared as an integer, the float32 bits of |δ|, in two digits: the upper 15 bits and
 the lower 16.
@@ -204,10 +204,10 @@ def _count_of(values, size):  # type: ignore[no-untyped-def]
 
 
 def drop_below(
-    values: torch.Tensor, cut: tuple[int, int, int], factor: float, key: Key, start: int, out: torch.Tensor
+    values: torch.Tensor, threshold: tuple[int, int, int], factor: float, key: Key, start: int, out: torch.Tensor
 ) -> None:
-    """Set `out` to 0 where (magnitude, number, position) < `cut`, to `values · factor` elsewhere."""
-    size, number, position = cut
+    """Set `out` to 0 where (magnitude, number, position) < `threshold`, to `values · factor` elsewhere."""
+    size, number, position = threshold
     if size >= HIGH * LOW:
         out.zero_()
         return

@@ -100,7 +100,7 @@ class Delta(Mapping[str, torch.Tensor]):
         """The same delta with `pruner` applied to each tensor as it is read.
 
         Nothing is read now. A pruner that compares the entries of all tensors, such as
-        `Magnitude(0.9, scope="model")`, reads the delta three times before the first item.
+        `Magnitude(0.9, within="model")`, reads the delta three times before the first item.
 
         Parameters
         ----------
@@ -251,7 +251,7 @@ def _size(reference: TensorReference | None) -> float:
 
 def _difference(finetuned: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
     """`float32(finetuned) - float32(base)`, neither of them as a whole in float32."""
-    result = uninitialised(base.shape, torch.float32, base.device)
+    result = uninitialised(base.shape, torch.float32)
     flat, out = finetuned.reshape(-1), result.view(-1)
 
     def subtract(values: torch.Tensor, start: int) -> None:

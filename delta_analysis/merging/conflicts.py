@@ -14,7 +14,7 @@ from delta_analysis._errors import NotHomologousError, checked_number, one_of
 from delta_analysis._kernels import compiled, map_blocks
 from delta_analysis.checkpoints import parse_name, reading_order
 from delta_analysis.deltas import GROUPS, LABELS, Grouping
-from delta_analysis.pruning import find_cut
+from delta_analysis.pruning import find_threshold
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -139,7 +139,7 @@ def _compare_block(one, other, cut_one, cut_other, counts, sums):  # type: ignor
 def _least_of_largest(tensor: torch.Tensor, name: str, largest: float) -> float:
     """The magnitude at which the `largest` share of a tensor's entries begins; above 0."""
     n = max(tensor.numel(), 1)
-    bits = find_cut(lambda: [(name, tensor)], 1 - round(largest * n) / n, seed=0).magnitude
+    bits = find_threshold(lambda: [(name, tensor)], 1 - round(largest * n) / n, seed=0).magnitude
     return float(np.uint32(max(bits, 1)).view(np.float32))
 
 

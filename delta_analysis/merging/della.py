@@ -19,8 +19,7 @@ class Della(MergeMethod):
     Parameters
     ----------
     drop_rate : p of `MagPrune`, in [0, 1].
-    window, rank : as in `MagPrune`; `rank="value"` is the ablation without ranks, `"tensor"` the variant
-        that ranks a whole layer.
+    window, within : as in `MagPrune`; `within="tensor"` is the variant that ranks a whole layer.
     elect : False is the ablation without the election: the mean is over all entries that are not
         zero, whatever their sign.
     scaling : λ, a finite number.
@@ -42,25 +41,25 @@ class Della(MergeMethod):
 
     drop_rate: float = 0.5
     window: Literal["widest"] | float = "widest"
-    rank: Literal["row", "tensor", "value"] = "row"
+    within: Literal["row", "tensor"] = "row"
     elect: bool = True
     scaling: float = 1.0
 
     def __post_init__(self) -> None:
-        MagPrune(self.drop_rate, self.window, self.rank)
+        MagPrune(self.drop_rate, self.window, self.within)
         if not isinstance(self.elect, bool):
             raise ValueError(f"elect must be True or False; not {self.elect!r}")
         super().__post_init__()
 
     @property
     def label(self) -> str:
-        rank = {"row": "", "tensor": ", ranked by tensor", "value": ", no rank"}[self.rank]
+        within = "" if self.within == "row" else f", ranked by {self.within}"
         window = "" if self.window == "widest" else f", window {self.window:g}"
-        return f"DELLA{rank}{'' if self.elect else ', no election'}{window}"
+        return f"DELLA{within}{'' if self.elect else ', no election'}{window}"
 
     @property
     def trim(self) -> Pruner | None:
-        return MagPrune(self.drop_rate, self.window, self.rank) if self.drop_rate else None
+        return MagPrune(self.drop_rate, self.window, self.within) if self.drop_rate else None
 
     def __call__(self, parts: Parts) -> torch.Tensor:
         return elected(parts.deltas, parts.weights, scaling=self.scaling, elect=self.elect)

@@ -57,7 +57,7 @@ def mergekit_recipe(
 ) -> str | None:
     """The configuration, YAML text, with which mergekit does the same merge; None where it cannot.
 
-    It has `Average`, `TaskArithmetic`, `Ties` with scope `"tensor"` and without slack, and `Della` with
+    It has `Average`, `TaskArithmetic`, `Ties` within `"tensor"` and without slack, and `Della` with
     rank `"row"` and its election, each after at most one way of dropping entries: `Dare`, `Magnitude`
     in a tensor, or `MagPrune` by row, at a rate for each model; with an elected mean, for weights of
     at least 0. Comments say where its arithmetic is another. All models have to be folders, which are
@@ -148,11 +148,11 @@ def _drops(pruner: Pruner | None) -> Drops | None:
     density = round(1 - pruner.drop_rate, 12)
     rescale = pruner.rescale != "none"
     match pruner:
-        case Magnitude(scope="tensor", rescale="none" | "l1"):
+        case Magnitude(within="tensor", rescale="none" | "l1"):
             return Drops("magnitude", {"density": density}, rescale)
         case Dare(rescale="inverse_keep" | "none" | "l1"):
             return Drops("random", {"density": density}, rescale)
-        case MagPrune(rank="row", rescale="inverse_keep" | "none" | "l1"):
+        case MagPrune(within="row", rescale="inverse_keep" | "none" | "l1"):
             epsilon = round(pruner.width / 2, 12)
             # It refuses a probability of 1 of keeping an entry.
             if density + epsilon < 1 or not epsilon:

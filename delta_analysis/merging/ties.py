@@ -25,7 +25,7 @@ class Ties(MergeMethod):
     Parameters
     ----------
     drop_rate : share of each delta that is trimmed, in [0, 1]; 0 leaves it to a pruner before.
-    scope : among which entries the least are sought, as in `Magnitude`: `"tensor"`, `"row"`, or
+    within : among which entries the least are sought, as in `Magnitude`: `"tensor"`, `"row"`, or
         `"model"`, all of a delta together, as the paper has it.
     fuse : `"mean"`, the disjoint mean of the paper; or `"sum"`, `Σ w_k δ_k` over the same entries.
     scaling : λ, a finite number.
@@ -34,7 +34,7 @@ class Ties(MergeMethod):
     Raises
     ------
     ValueError
-        A drop rate outside [0, 1], an unknown scope or fuse, a scaling that is no finite number. When called:
+        A drop rate outside [0, 1], an unknown `within` or fuse, a scaling that is no finite number. When called:
         a slack for a delta that is not there.
 
     Source: Yadav et al., "TIES-Merging", arXiv 2306.01708, section 3.
@@ -47,26 +47,26 @@ class Ties(MergeMethod):
     """
 
     drop_rate: float = 0.8
-    scope: Literal["tensor", "row", "model"] = "tensor"
+    within: Literal["tensor", "row", "model"] = "tensor"
     fuse: Literal["mean", "sum"] = "mean"
     scaling: float = 1.0
     slack: Slack | None = None
 
     def __post_init__(self) -> None:
-        Magnitude(self.drop_rate, self.scope)
+        Magnitude(self.drop_rate, self.within)
         if self.fuse not in FUSIONS:
             raise ValueError(one_of("fuse", self.fuse, FUSIONS))
         super().__post_init__()
 
     @property
     def label(self) -> str:
-        where = "" if self.scope == "tensor" else f" by {self.scope}"
+        where = "" if self.within == "tensor" else f" by {self.within}"
         fuse = "" if self.fuse == "mean" else ", sum"
         return f"TIES{where}{fuse}" + ("" if self.slack is None else f", {self.slack.label}")
 
     @property
     def trim(self) -> Pruner | None:
-        return Magnitude(self.drop_rate, self.scope) if self.drop_rate else None
+        return Magnitude(self.drop_rate, self.within) if self.drop_rate else None
 
     def check(self, weights: tuple[float, ...]) -> None:
         if self.slack is not None:

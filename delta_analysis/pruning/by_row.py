@@ -1,4 +1,4 @@
-"""Drop within rows: with probabilities that a row's entries decide, by their ranks, or the least of them."""
+"""Drop at random within rows, with probabilities that a row's entries decide, or their ranks."""
 
 from __future__ import annotations
 
@@ -8,8 +8,21 @@ from functools import partial
 import numpy as np
 import torch
 
-from delta_analysis._kernels import HIGH, LOW, NATIVE, Key, kernels, kernels_for, map_blocks, new_tensor
-from delta_analysis.pruning.threshold import count_digit, count_high, count_low
+from delta_analysis._kernels import (
+    HIGH,
+    LOW,
+    NATIVE,
+    Key,
+    count_high,
+    count_low,
+    drop_at,
+    drop_randomly,
+    map_blocks,
+    new_tensor,
+    positions_between,
+    rank_sums,
+)
+from delta_analysis.pruning.threshold import count_digit
 
 Probability = Callable[[torch.Tensor], torch.Tensor]
 """From rows of entries, or from their sums of first and last rank, to drop probabilities in float64."""
@@ -25,45 +38,25 @@ def drop_rows(tensor: torch.Tensor, row: int, probability: Probability, factor: 
 
     A factor of None is 1/(1-p) for each entry.
     """
-    inner = kernels_for(tensor.device)
 
     def work(values: torch.Tensor, start: int, out: torch.Tensor) -> None:
-        inner.drop(values, probability(values.view(-1, row)), factor, key, start, out)
+        drop_randomly(values, probability(values.view(-1, row)), factor, key, start, out)
 
     return new_tensor(tensor, work, multiple=row, block=ROWS_BLOCK)
-
-
-def drop_least(tensor: torch.Tensor, row: int, count: int, factor: float, key: Key) -> torch.Tensor:
-    """Drop the `count` least entries of each row, ties broken by random number, then by position."""
-    inner = kernels_for(tensor.device)
-
-    def work(values: torch.Tensor, start: int, out: torch.Tensor) -> None:
-        inner.drop_least(values, row, count, factor, key, start, out)
-
-    return new_tensor(tensor, work, multiple=row, block=ROWS_BLOCK)
-
-
-def shares_of_range(rows: torch.Tensor, name: str) -> torch.Tensor:
-    """(|δ| - least) / (greatest - least) within each row, in float64; 1/2 where all are equal."""
-    sizes = rows.abs().to(torch.float64)
-    low, high = sizes.amin(dim=1, keepdim=True), sizes.amax(dim=1, keepdim=True)
-    if not torch.isfinite(high).all():
-        raise ValueError(f"tensor {name!r} has NaN or infinite entries, and rank='value' needs finite ones")
-    return torch.where(high > low, (sizes - low) / (high - low), 0.5)
 
 
 def drop_by_rank(
     tensor: torch.Tensor, row: int, probability: Probability, factor: float | None, key: Key
 ) -> torch.Tensor:
     """Drop each entry with a probability that follows from its rank among the `row` entries of its row."""
-    if row > LONG_ROW and tensor.device.type == "cpu":
-        result = torch.zeros_like(tensor, memory_format=torch.contiguous_format)
-        flat, out = tensor.detach().reshape(-1), result.view(-1)
+    if row > LONG_ROW:
+        values = tensor.detach().cpu()
+        result = torch.zeros_like(values, memory_format=torch.contiguous_format)
+        flat, out = values.reshape(-1), result.view(-1)
         drop_in_row = _drop_half_width if tensor.dtype == torch.bfloat16 else _drop_by_parts
         for begin in range(0, flat.numel(), row):
             drop_in_row(flat[begin : begin + row], begin, probability, factor, key, out[begin : begin + row])
-        return result
-    rank_sums = kernels_for(tensor.device).rank_sums
+        return result.to(tensor.device)
     return drop_rows(tensor, row, lambda rows: probability(rank_sums(rows)), factor, key)
 
 
@@ -76,7 +69,7 @@ def _drop_half_width(
 
     def work(block: torch.Tensor, start: int) -> None:
         p = table[block.view(torch.int16).to(torch.int64) & (HIGH - 1)]
-        kernels.drop(block, p, factor, key, begin + start, out[start : start + block.numel()])
+        drop_randomly(block, p, factor, key, begin + start, out[start : start + block.numel()])
 
     map_blocks(values, work, block=ROWS_BLOCK // 4, dtypes=NATIVE)
 
@@ -86,24 +79,24 @@ def _drop_by_parts(
 ) -> None:
     """Drop within one long row, the entries of a few neighbouring magnitudes at a time."""
 
-    def drop_at(positions: torch.Tensor, sums: float | None, before: int) -> None:
+    def drop_part(positions: torch.Tensor, sums: float | None, before: int) -> None:
         chosen = values[positions].to(torch.float32)
         if sums is None:
-            ranks = kernels.rank_sums(chosen[None])[0].add_(2 * before)
+            ranks = rank_sums(chosen[None])[0].add_(2 * before)
         else:
             ranks = torch.full(chosen.shape, sums, dtype=torch.float64)
-        kept = kernels.drop_at(chosen, probability(ranks), factor, key, positions + begin)
+        kept = drop_at(chosen, probability(ranks), factor, key, positions + begin)
         out[positions] = kept.to(out.dtype)
 
     for low, high, before, count in _parts(values, max(values.numel() // PARTS, LONG_ROW // 8)):
-        find = partial(kernels.positions_between, low=low, high=high)
+        find = partial(positions_between, low=low, high=high)
         if high - low == 1:
             # Entries of one magnitude share a rank and need not be held together, however many.
-            drop_shared = partial(drop_at, sums=2.0 * before + count + 1, before=before)
+            drop_shared = partial(drop_part, sums=2.0 * before + count + 1, before=before)
             map_blocks(values, lambda block, start: drop_shared(find(block, start=start)), dtypes=NATIVE)  # noqa: B023
         else:
             found = map_blocks(values, lambda block, start: find(block, start=start), dtypes=NATIVE)  # noqa: B023
-            drop_at(torch.cat(found), None, before)
+            drop_part(torch.cat(found), None, before)
 
 
 def _parts(values: torch.Tensor, size: int) -> Iterator[tuple[int, int, int, int]]:
@@ -116,7 +109,7 @@ def _parts(values: torch.Tensor, size: int) -> Iterator[tuple[int, int, int, int
         if count <= size:
             yield first * LOW, stop * LOW, before, count
             continue
-        low = count_digit(values, LOW, count_low(first))
+        low = count_digit(values, LOW, partial(count_low, high=first))
         for inner, end, less, inside in _runs(low, size):
             yield first * LOW + inner, first * LOW + end, before + less, inside
 

@@ -13,9 +13,9 @@ from delta_analysis._errors import one_of
 from delta_analysis._kernels import HIGH, map_blocks, stream_key
 from delta_analysis.pruning.by_row import drop_rows
 from delta_analysis.pruning.moments import Law
-from delta_analysis.pruning.pruners import Prune, checked_drop_rate
+from delta_analysis.pruning.pruner import Prune, checked_drop_rate, one_is_no_model
 
-SCOPES = ("tensor", "model")
+WITHIN = ("tensor", "model")
 DIGITS = 10
 """The scale is rounded to so many digits, so that no order of summation shows in a mask."""
 _SUMMED = 2**21
@@ -35,14 +35,14 @@ class Proportional:
     ----------
     drop_rate : p, in [0, 1]; 0 changes nothing (up to float32), 1 gives zeros. Entries that are zero
         are dropped first and count; if fewer than `(1-p) · n` are not zero, these are all kept.
-    scope : among which entries c is one number: those of each `"tensor"`, or of the whole `"model"`,
+    within : among which entries c is one number: those of each `"tensor"`, or of the whole `"model"`,
         so that tensors of small entries lose more. The latter works inside `Delta.pruned` and in sweeps
         only, and takes one more pass over the delta.
 
     Raises
     ------
     ValueError
-        A drop rate outside [0, 1], an unknown scope. When called: scope `"model"` on a single tensor; NaN or
+        A drop rate outside [0, 1], an unknown `within`. When called: `within="model"` on a single tensor; NaN or
         infinite entries.
 
     Source: this package; sampling with probability proportional to size is Hansen and Hurwitz's, 1943,
@@ -56,20 +56,20 @@ class Proportional:
     """
 
     drop_rate: float
-    scope: Literal["tensor", "model"] = "tensor"
+    within: Literal["tensor", "model"] = "tensor"
     rescale: Literal["inverse_keep"] = "inverse_keep"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "drop_rate", checked_drop_rate(self.drop_rate))
-        if self.scope not in SCOPES:
-            raise ValueError(one_of("scope", self.scope, SCOPES))
+        if self.within not in WITHIN:
+            raise ValueError(one_of("within", self.within, WITHIN))
         if self.rescale != "inverse_keep":
             raise ValueError(f"rescale must be 'inverse_keep', each entry by its own probability; not {self.rescale!r}")
 
     @property
     def method(self) -> str:
         """What tables and figures call it."""
-        return "proportional" if self.scope == "tensor" else f"proportional by {self.scope}"
+        return "proportional" if self.within == "tensor" else f"proportional by {self.within}"
 
     @property
     def random(self) -> bool:
@@ -89,10 +89,8 @@ class Proportional:
         return KeepInProportion(find_scale(((name, tensors[name]) for name in sorted(tensors)), self.drop_rate))
 
     def _own(self, tensor: torch.Tensor, name: str) -> KeepInProportion:
-        if self.scope == "model":
-            raise ValueError(
-                f"scope='model' compares entries of all tensors, and {name!r} is one; use delta.pruned(pruner, seed=…)"
-            )
+        if self.within == "model":
+            raise one_is_no_model(name)
         return KeepInProportion(find_scale([(name, tensor)], self.drop_rate))
 
 
@@ -112,7 +110,7 @@ class KeepInProportion:
         return drop_rows(tensor, 1, self._drop_probabilities, None, stream_key(seed, name))
 
     def law(self, tensor: torch.Tensor, *, name: str) -> Law:
-        drop = self._drop_probabilities(tensor.detach().to(torch.float32))
+        drop = self._drop_probabilities(tensor.detach().to("cpu", torch.float32))
         return Law(drop, torch.where(drop < 1, 1 / (1 - drop), 1.0))
 
     def _drop_probabilities(self, values: torch.Tensor) -> torch.Tensor:
@@ -169,4 +167,4 @@ def _count_and_sum(values: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
     buckets = (sizes.view(torch.int32) >> 16).to(torch.int64)
     counts = torch.bincount(buckets, minlength=HIGH)
     sums = torch.bincount(buckets, weights=sizes.to(torch.float64), minlength=HIGH)
-    return counts.cpu().numpy(), sums.cpu().numpy()
+    return counts.numpy(), sums.numpy()

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from delta_analysis._errors import one_of
-from delta_analysis._kernels import NATIVE, inverse_keep, kernels_for, map_blocks
+from delta_analysis._kernels import NATIVE, inverse_keep, map_blocks, power_sums
 
 Rescale = str | float
 RESCALES = ("inverse_keep", "none", "l1", "l2")
@@ -56,13 +56,14 @@ def match_norm(pruned: torch.Tensor, tensor: torch.Tensor, rescale: Rescale, nam
     if factor > float(np.finfo(np.float32).max):
         raise ValueError(f"tensor {name!r}: the factor {factor:g} that would restore its norm is beyond float32")
     factor = float(np.float32(factor))
-    flat = pruned.view(-1)
+    on_cpu = pruned.cpu()
+    flat = on_cpu.view(-1)
 
     def multiply(values: torch.Tensor, start: int) -> None:
         flat[start : start + values.numel()].copy_(values * factor)
 
-    map_blocks(pruned, multiply)
-    return pruned
+    map_blocks(on_cpu, multiply)
+    return on_cpu.to(pruned.device)
 
 
 def rescale_name(rescale: Rescale, default: str) -> str:
@@ -79,8 +80,7 @@ def power_sum(tensor: torch.Tensor, power: int, name: str) -> Fraction:
     ValueError
         A NaN or infinite entry; `name` says of which tensor.
     """
-    kernels = kernels_for(tensor.device)
-    sums = map_blocks(tensor, lambda values, _: kernels.power_sums(values, power), dtypes=NATIVE)
+    sums = map_blocks(tensor, lambda values, _: power_sums(values, power), dtypes=NATIVE)
     total = sum(sums, torch.zeros(2, 256, dtype=torch.int64))
     # Infinities and NaNs have the last exponent, and the bit that is implied makes their sum positive.
     if total[:, -1].any():

@@ -6,12 +6,11 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from types import ModuleType
 
 import numpy as np
 import torch
 
-from delta_analysis._kernels import HIGH, LOW, NATIVE, RANGE, kernels_for, map_blocks, stream_key
+from delta_analysis._kernels import HIGH, LOW, NATIVE, RANGE, count_high, count_low, map_blocks, stream_key, tied
 
 Tensors = Callable[[], Iterable[tuple[str, torch.Tensor]]]
 """Starts a pass: each call yields every tensor with its name again, in any order."""
@@ -23,7 +22,7 @@ _SIGMAS = 9
 
 
 @dataclass(frozen=True)
-class Cut:
+class Threshold:
     """Entries are dropped when (magnitude, random number, tensor's name, position) is below this.
 
     `magnitude` is the float32 bits of |δ| without the sign, as an integer.
@@ -34,7 +33,7 @@ class Cut:
     name: str = ""
     position: int = 0
 
-    def within(self, name: str) -> tuple[int, int, int]:
+    def of(self, name: str) -> tuple[int, int, int]:
         """The same for one tensor: (magnitude, number, position) below which its entries are dropped."""
         if name == self.name:
             return self.magnitude, self.number, self.position
@@ -42,31 +41,31 @@ class Cut:
         return self.magnitude, self.number + (name < self.name), 0
 
 
-def find_cut(tensors: Tensors, drop_rate: float, *, seed: int) -> Cut:
-    """The cut below which exactly `round(p · n)` of n entries lie, in at most three passes over the tensors.
+def find_threshold(tensors: Tensors, drop_rate: float, *, seed: int) -> Threshold:
+    """The threshold below which exactly `round(p · n)` of n entries lie, in at most three passes over the tensors.
 
     The first pass counts the upper 15 bits of the magnitudes, the second the lower 16 of those in
-    the bucket that holds the cut; so its magnitude is exact. If only some of the entries of that
+    the bucket that holds the threshold; so its magnitude is exact. If only some of the entries of that
     magnitude are to be dropped, a third pass looks at their random numbers. Since these are uniform,
-    the cut among them is known within a narrow window beforehand, and only the entries in the window
+    the threshold among them is known within a narrow window beforehand, and only the entries in the window
     are collected. (A rank outside nine standard deviations would take one more pass.)
     """
     high_counts = _count_all(tensors, HIGH, count_high)
     count = round(drop_rate * int(high_counts.sum()))
     if count == 0:
-        return Cut(0)
+        return Threshold(0)
     high, remaining = _place(high_counts, count)
-    low_counts = _count_all(tensors, LOW, count_low(high))
+    low_counts = _count_all(tensors, LOW, partial(count_low, high=high))
     low, remaining = _place(low_counts, remaining)
     magnitude, ties = high * LOW + low, int(low_counts[low])
     if remaining == ties:
-        return Cut(magnitude + 1)
+        return Threshold(magnitude + 1)
     for window in (_window(remaining, ties), (0, RANGE)):
         below, inside = _ties(tensors, magnitude, window, seed)
         if below <= remaining < below + len(inside):
             break
     number, name, position = sorted(inside)[remaining - below]
-    return Cut(magnitude, number, name, position)
+    return Threshold(magnitude, number, name, position)
 
 
 def _place(counts: np.ndarray, rank: int) -> tuple[int, int]:
@@ -76,24 +75,15 @@ def _place(counts: np.ndarray, rank: int) -> tuple[int, int]:
     return bucket, int(rank - (cumulative[bucket] - counts[bucket]))
 
 
-Count = Callable[[ModuleType, torch.Tensor], np.ndarray]
-"""A table of counts of a block, made with the given kernels."""
-
-
-def count_high(kernels: ModuleType, values: torch.Tensor) -> np.ndarray:
-    return kernels.count_high(values)
-
-
-def count_low(high: int) -> Count:
-    return lambda kernels, values: kernels.count_low(values, high)
+Count = Callable[[torch.Tensor], np.ndarray]
+"""Makes a table of counts of a block."""
 
 
 def count_digit(tensor: torch.Tensor, size: int, count: Count) -> np.ndarray:
     """The sum over a tensor's blocks of a table of `size` counts."""
-    kernels = kernels_for(tensor.device)
     total = np.zeros(size, dtype=np.int64)
     for part in tensor.detach().reshape(-1).split(_SUMMED):
-        total += sum(map_blocks(part, lambda values, _: count(kernels, values), block=_COUNTED, dtypes=NATIVE))
+        total += sum(map_blocks(part, lambda values, _: count(values), block=_COUNTED, dtypes=NATIVE))
     return total
 
 
@@ -114,8 +104,7 @@ def _ties(
     """How many entries of a magnitude have numbers below the window, and those inside it."""
     below, inside = 0, []
     for name, tensor in tensors():
-        tied, key = kernels_for(tensor.device).tied, stream_key(seed, name)
-        work = partial(tied, size=magnitude, window=window, key=key)
+        work = partial(tied, size=magnitude, window=window, key=stream_key(seed, name))
         for fewer, numbers, positions in map_blocks(tensor, work, dtypes=NATIVE):
             below += fewer
             inside += [(number, name, i) for number, i in zip(numbers.tolist(), positions.tolist(), strict=True)]

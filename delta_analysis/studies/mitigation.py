@@ -291,7 +291,7 @@ def ways(noise: pd.DataFrame, numel: Mapping[str, int], drop_rate: float) -> dic
         "proportional by model": (Proportional(drop_rate, "model"),),
         "rank + residual": (LowRank(drop_rate),),
         "MP": (Magnitude(drop_rate),),
-        "MP by row": (Magnitude(drop_rate, scope="row"),),
+        "MP by row": (Magnitude(drop_rate, within="row"),),
     }
 
 

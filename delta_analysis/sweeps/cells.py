@@ -59,7 +59,7 @@ def content(value: object) -> object:
 
     Examples
     --------
-    >>> from delta_analysis.pruning.pruners import Dare
+    >>> from delta_analysis.pruning import Dare
     >>> content(Dare(0.9))
     {'class': 'Dare', 'drop_rate': 0.9, 'rescale': 'inverse_keep'}
     """

@@ -62,7 +62,7 @@ class Merging:
     by: MergeMethod
     prune: Pruner | None = None
     weights: tuple[float, ...] = ()
-    scope: str = field(default="model", init=False)
+    within: str = field(default="model", init=False)
 
     def __post_init__(self) -> None:
         if self.weights and len(self.weights) != len(self.sources):

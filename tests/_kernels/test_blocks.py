@@ -15,10 +15,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from delta_analysis._kernels import kernels
-from delta_analysis._kernels.blocks import BLOCK, kernels_for, map_blocks, new_tensor, row_length, single_threaded_pool
+from delta_analysis._kernels.blocks import (
+    BLOCK,
+    map_blocks,
+    new_tensor,
+    row_length,
+    single_threaded_pool,
+    to_float32,
+    uninitialised,
+)
 from delta_analysis._kernels.floats import NATIVE
-from delta_analysis.pruning.pruners import Dare, Magnitude, MagPrune
+from delta_analysis.pruning import Dare, Magnitude, MagPrune
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SHAPES = [(), (1,), (7,), (3, 5), (2, 3, 4), (2, 3, 1, 4), (0,), (3, 0, 2)]
@@ -147,12 +154,6 @@ def test_a_row_is_all_that_feeds_one_output(shape: tuple[int, ...], row: int) ->
     assert shape[:1] == () or len(shape) == 1 or row * shape[0] == math.prod(shape)
 
 
-def test_compiled_loops_are_for_the_cpu_alone() -> None:
-    assert kernels_for(torch.device("cpu")) is kernels
-    for device in ("cuda", "cuda:1", "mps", "xpu"):
-        assert kernels_for(torch.device(device)).__name__ == "delta_analysis._kernels.torch_loops"
-
-
 def prune_in_a_forked_child_too() -> None:
     torch.set_num_threads(2)
     tensor = torch.from_numpy(np.arange(2.0**20, dtype=np.float32)).view(2**6, 2**14)
@@ -202,3 +203,23 @@ def test_blocks_are_worked_on_in_the_callers_mode(threads: Threads, *, inference
         modes = map_blocks(pruned, lambda values, _: (values.mul_(1.0), torch.is_inference_mode_enabled())[1])
     assert modes == [inference] * len(modes)
     assert len(modes) > 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(), (0,), (3, 0, 2), (5,), (2**21,)], ids=str)
+def test_uninitialised_memory_is_a_plain_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    tensor = uninitialised(shape, dtype)
+    assert (tuple(tensor.shape), tensor.dtype) == (shape, dtype)
+    assert tensor.is_contiguous()
+    assert tensor.data_ptr() % dtype.itemsize == 0
+    tensor.view(-1).view(torch.uint8).fill_(0)
+    assert not tensor.any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_float32_has_the_values_of_a_cast(dtype: torch.dtype) -> None:
+    tensor = torch.tensor([[0.1, -0.0, 1e38], [float("nan"), float("inf"), 3e-5]], dtype=torch.float64).to(dtype)
+    found = to_float32(tensor)
+    torch.testing.assert_close(found, tensor.to(torch.float32), rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(torch.signbit(found), torch.signbit(tensor.to(torch.float32)))
+    assert (found is tensor) is (dtype == torch.float32)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from delta_analysis._errors import CheckpointError, NotHomologousError
 from delta_analysis._kernels.philox import random_bits
 from delta_analysis.deltas.delta import Delta, drop_summary, load_delta
-from delta_analysis.pruning.pruners import Dare, Magnitude, MagPrune, Pruner
+from delta_analysis.pruning import Dare, Magnitude, MagPrune, Pruner
 from tests.conftest import SaveCheckpoint
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -425,8 +425,7 @@ EVERY = [
     Magnitude(0.6, "row"),
     Magnitude(0.6, "model"),
     MagPrune(0.6),
-    MagPrune(0.6, rank="tensor"),
-    MagPrune(0.6, rank="value"),
+    MagPrune(0.6, within="tensor"),
 ]
 
 

@@ -26,7 +26,7 @@ from delta_analysis.deltas.ranges import GROUPS, Grouping, magnitude_histogram, 
 from delta_analysis.deltas.streaming import tally_delta
 from delta_analysis.deltas.tally import DECILES, MAGNITUDE_QUANTILES, THRESHOLDS
 from delta_analysis.deltas.tally import tally_tensor as tally
-from delta_analysis.pruning.pruners import Dare
+from delta_analysis.pruning import Dare
 from tests.conftest import SaveCheckpoint
 from tests.deltas.test_tally import assert_rows_agree, by_hand, float32, sparse
 

@@ -38,7 +38,7 @@ from delta_analysis._errors import NotHomologousError
 from delta_analysis.checkpoints.checkpoint import open_checkpoint
 from delta_analysis.deltas import saving
 from delta_analysis.deltas.delta import load_delta
-from delta_analysis.pruning.pruners import Dare, Magnitude
+from delta_analysis.pruning import Dare, Magnitude
 from tests.checkpoints.test_checkpoint import tiny_llama
 from tests.conftest import SaveCheckpoint
 from tests.deltas.test_delta import normal

@@ -25,7 +25,7 @@ from delta_analysis.deltas import streaming, tally
 from delta_analysis.deltas.delta import Delta, load_delta
 from delta_analysis.deltas.streaming import Tallies, tally_delta
 from delta_analysis.deltas.tally import GRID, PIECE, tally_tensor
-from delta_analysis.pruning.pruners import Dare
+from delta_analysis.pruning import Dare
 from tests.conftest import SaveCheckpoint
 from tests.deltas.test_delta import FLOATS, normal, stored_as_float32
 from tests.deltas.test_tally import assert_rows_agree, by_hand

@@ -16,7 +16,7 @@ from delta_analysis._errors import NotHomologousError
 from delta_analysis.deltas.delta import load_delta
 from delta_analysis.deltas.ranges import GROUPS, LABELS, Grouping, value_ranges
 from delta_analysis.merging.conflicts import interference
-from delta_analysis.pruning.pruners import Dare
+from delta_analysis.pruning import Dare
 
 NAMES = ["model.norm.weight", "model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight"]
 COLUMNS = [

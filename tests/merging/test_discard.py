@@ -18,7 +18,7 @@ from delta_analysis.deltas.ranges import GROUPS, LABELS, Grouping, value_ranges
 from delta_analysis.merging.discard import discard_rate
 from delta_analysis.merging.election import Slack, elected, outvoted
 from delta_analysis.merging.merger import source_seed
-from delta_analysis.pruning.pruners import Dare, Magnitude
+from delta_analysis.pruning import Dare, Magnitude
 
 COLUMNS = [
     *("tensor", "layer", "module", "kind", "shape", "tensors", "numel", "kept", "discard_rate", "conflict"),
@@ -148,7 +148,7 @@ def test_equal_and_opposite_deltas() -> None:
         assert found["discard_rate"] == found["lost_given_conflict"] == pytest.approx(negative)
 
 
-@pytest.mark.parametrize("trim", [Magnitude(0.8), Magnitude(0.8, scope="model"), Dare(0.5)], ids=str)
+@pytest.mark.parametrize("trim", [Magnitude(0.8), Magnitude(0.8, within="model"), Dare(0.5)], ids=str)
 def test_trimming_comes_first_as_in_a_merge(trim: Any) -> None:
     deltas = [load_delta(base="zoo:tiny/base", finetuned=f"zoo:tiny/{name}") for name in ("instruct", "code-cpt")]
     found = discard_rate(deltas[0], deltas[1], trim=trim, by="model", seed=3)

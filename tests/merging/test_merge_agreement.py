@@ -15,7 +15,7 @@ from delta_analysis.merging.merger import Merger
 from delta_analysis.merging.methods import MergeMethod
 from delta_analysis.merging.task_arithmetic import TaskArithmetic
 from delta_analysis.merging.ties import Ties
-from delta_analysis.pruning.pruners import Magnitude, Pruner
+from delta_analysis.pruning import Magnitude, Pruner
 
 SHAPES = [(1,), (7,), (40, 50), (3, 4, 5), (300, 301)]
 WEIGHTS = [(1.0,), (1.0, 1.0), (0.3, -2.0, 0.7)]

@@ -16,7 +16,7 @@ from delta_analysis.merging.merger import TRIMMING, Merger, Pruned, Tensors, mer
 from delta_analysis.merging.methods import MergeMethod, Parts
 from delta_analysis.merging.task_arithmetic import TaskArithmetic
 from delta_analysis.merging.ties import Ties
-from delta_analysis.pruning.pruners import Dare, Magnitude, MagPrune, Pruner, bind
+from delta_analysis.pruning import Dare, Magnitude, MagPrune, Pruner, bind
 
 SHAPES = {"v": (7,), "w": (6, 5), "x": (4, 3, 2)}
 

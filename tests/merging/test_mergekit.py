@@ -25,8 +25,8 @@ from delta_analysis.merging.regmean import RegMean
 from delta_analysis.merging.task_arithmetic import TaskArithmetic
 from delta_analysis.merging.ties import Ties
 from delta_analysis.merging.widen import Widen
+from delta_analysis.pruning import Dare, Magnitude, MagPrune, Pruner
 from delta_analysis.pruning.proportional import Proportional
-from delta_analysis.pruning.pruners import Dare, Magnitude, MagPrune, Pruner
 
 BASE = "zoo:tiny/base"
 PLACES = [str(zoo_model(f"zoo:tiny/{name}")) for name in ("base", "instruct", "math")]
@@ -135,8 +135,7 @@ def test_each_model_has_a_density_of_its_own(prunes: list[Pruner | None], name: 
         (Ties(0.8, slack=Slack(0)), None),
         (Ties(0.8, "model"), None),
         (Ties(0.8, "row"), None),
-        (Della(0.5, rank="tensor"), None),
-        (Della(0.5, rank="value"), None),
+        (Della(0.5, within="tensor"), None),
         (Della(0.5, elect=False), None),
         (Della(0.0, elect=False), None),
         # Two prunings, one after the other.
@@ -148,7 +147,7 @@ def test_each_model_has_a_density_of_its_own(prunes: list[Pruner | None], name: 
         (Average(), Magnitude(0.9, rescale="inverse_keep")),
         (Average(), Magnitude(0.9, "row")),
         (Ties(0.0), Magnitude(0.9, "model")),
-        (Average(), MagPrune(0.5, rank="value")),
+        (Average(), MagPrune(0.5, within="tensor")),
         (Average(), Proportional(0.9)),
         # Probabilities of 1 are refused there.
         (Average(), MagPrune(0.25, window=0.5)),

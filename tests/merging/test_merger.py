@@ -27,7 +27,7 @@ from delta_analysis.evaluation.models import finetuned_model, load_model
 from delta_analysis.merging.merger import TRIMMING, merge, source_seed
 from delta_analysis.merging.methods import MergeMethod, Parts
 from delta_analysis.merging.statistics import gather
-from delta_analysis.pruning.pruners import Dare, Magnitude, MagPrune, Pruner, bind
+from delta_analysis.pruning import Dare, Magnitude, MagPrune, Pruner, bind
 
 BASE, SOURCES = "zoo:tiny/base", ("zoo:tiny/instruct", "zoo:tiny/math", "zoo:tiny/code-cpt")
 UP, NORM, EMBED = "model.layers.1.mlp.up_proj.weight", "model.norm.weight", "model.embed_tokens.weight"

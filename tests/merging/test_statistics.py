@@ -26,7 +26,7 @@ from delta_analysis.checkpoints.checkpoint import open_checkpoint
 from delta_analysis.deltas.delta import Delta, load_delta
 from delta_analysis.evaluation.models import finetuned_model, load_model
 from delta_analysis.merging.statistics import gather
-from delta_analysis.pruning.pruners import Dare
+from delta_analysis.pruning import Dare
 from delta_analysis.zoo.tokenizer import character_tokenizer
 
 VOCABULARY = 5

@@ -41,7 +41,7 @@ from delta_analysis.evaluation import tokens as texts_module
 from delta_analysis.evaluation.models import finetuned_model, load_model
 from delta_analysis.prediction.layer_inputs import Matrix
 from delta_analysis.prediction.layers import ReadyPruners, _measured, delta_noise, layer_noise
-from delta_analysis.pruning.pruners import Pruner
+from delta_analysis.pruning import Pruner
 from delta_analysis.zoo.tokenizer import character_tokenizer
 from tests.tiny_family import EMBED, NORM, UP, Family, make_family
 
@@ -60,8 +60,7 @@ RANDOM = (
     da.Dare(0.8, "l1"),
     da.Dare(0.8, "l2"),
     da.MagPrune(0.8),
-    da.MagPrune(0.5, window=0.4, rank="tensor"),
-    da.MagPrune(0.6, rank="value"),
+    da.MagPrune(0.5, window=0.4, within="tensor"),
     da.MagPrune(0.8, rescale="none"),
     da.MagPrune(0.8, rescale=3.0),
     da.MagPrune(0.8, rescale="l2"),
@@ -418,7 +417,7 @@ PRUNERS = st.sampled_from(
         lambda p: da.Dare(p, 2.5),
         lambda p: da.Dare(p, "l2"),
         da.MagPrune,
-        lambda p: da.MagPrune(p, rank="tensor", rescale="none"),
+        lambda p: da.MagPrune(p, within="tensor", rescale="none"),
         da.Magnitude,
         lambda p: da.Magnitude(p, "row"),
     ]

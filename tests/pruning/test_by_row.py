@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from delta_analysis._kernels.blocks import row_length
-from delta_analysis._kernels.philox import random_bits, stream_key
+from delta_analysis._kernels.philox import stream_key
 from delta_analysis.pruning import by_row as rows_module
-from delta_analysis.pruning.by_row import drop_by_rank, drop_least, drop_rows, shares_of_range
+from delta_analysis.pruning.by_row import drop_by_rank, drop_rows
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 KEY = stream_key(1, "w")
@@ -130,21 +130,6 @@ def test_a_part_of_a_long_row_is_small_or_one_magnitude() -> None:
             assert before == values.numel()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("count", [0, 1, 60, 99, 100])
-def test_drop_least_by_sorting(dtype: torch.dtype, count: int) -> None:
-    for tensor in (ties(20, 100).to(dtype), normal(20, 5, 20).to(dtype)):
-        pruned = drop_least(tensor, 100, count, 1.0, KEY)
-        assert (pruned.dtype, pruned.shape) == (dtype, tensor.shape)
-        numbers = random_bits(2000, seed=1, name="w").reshape(20, 100)
-        flat = tensor.reshape(20, 100).float()
-        for row in range(20):
-            order = sorted(range(100), key=lambda i: (abs(flat[row, i].item()), numbers[row, i], i))
-            expected = flat[row].clone()
-            expected[order[:count]] = 0
-            assert torch.equal(pruned.reshape(20, 100)[row].float(), expected)
-
-
 def test_rows_are_whole_wherever_blocks_end(monkeypatch: pytest.MonkeyPatch) -> None:
     tensor = normal(50, 37)
     outcomes = []
@@ -160,19 +145,3 @@ def test_rows_are_whole_wherever_blocks_end(monkeypatch: pytest.MonkeyPatch) -> 
         assert sum(count for count, _ in seen) == 50
         assert {length for _, length in seen} == {37}
     assert all(torch.equal(a, b) for other in outcomes for a, b in zip(other, outcomes[0], strict=True))
-
-
-def test_shares_of_range_by_hand() -> None:
-    rows = torch.tensor([[1.0, -3.0, 2.0, 5.0], [2.0, -2.0, 2.0, 2.0], [0.0, 0.0, -4.0, 1.0]])
-    shares = shares_of_range(rows, "w")
-    assert shares.dtype == torch.float64
-    assert shares.tolist() == [[0.0, 0.5, 0.25, 1.0], [0.5] * 4, [0.0, 0.0, 1.0, 0.25]]
-    assert shares_of_range(torch.tensor([[7.0]]), "w").tolist() == [[0.5]]
-    # The differences of float32 numbers are formed in float64, where huge ones do not overflow.
-    assert shares_of_range(torch.tensor([[3e38, 0.0, -3e38]]), "w").tolist() == [[1.0, 0.0, 1.0]]
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_shares_of_range_need_finite_entries(bad: float) -> None:
-    with pytest.raises(ValueError, match=r"tensor 'model\.w' has NaN or infinite entries, and rank='value'"):
-        shares_of_range(torch.tensor([[1.0, 2.0], [bad, 1.0]]), "model.w")

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from delta_analysis._kernels.philox import random_bits
 from delta_analysis.deltas.delta import load_delta
-from delta_analysis.pruning.pruners import Dare
+from delta_analysis.pruning import Dare
 from delta_analysis.pruning.rescaling import uniform_factor
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 
+from delta_analysis.pruning import Dare, Magnitude, MagPrune, Pruner
 from delta_analysis.pruning import by_row as rows
-from delta_analysis.pruning.pruners import Dare, Magnitude, MagPrune, Pruner
 
 ENTRIES = 2**24
 SLACK = 8 * 2**20
-PRUNERS = [Dare(0.9), Dare(0.9, "l1"), Magnitude(0.9), MagPrune(0.9), MagPrune(0.9, rank="tensor")]
+PRUNERS = [Dare(0.9), Dare(0.9, "l1"), Magnitude(0.9), MagPrune(0.9), MagPrune(0.9, within="tensor")]
 
 
 def peak() -> int:

@@ -16,14 +16,10 @@ from hypothesis import strategies as st
 from peft.utils.merge_utils import magnitude_based_pruning, prune
 from scipy.stats import binom, norm
 
-from delta_analysis._kernels import blocks
-from delta_analysis._kernels import torch_loops as torch_kernels
+from delta_analysis._kernels import rank_sums
 from delta_analysis._kernels.philox import random_bits
-from delta_analysis.pruning import by_row as rows
-from delta_analysis.pruning import pruners as pruning
-from delta_analysis.pruning import rescaling
-from delta_analysis.pruning import threshold as cut
-from delta_analysis.pruning.pruners import WIDEST, Dare, Magnitude, MagPrune, Pruner, checked_window
+from delta_analysis.pruning import Dare, Magnitude, MagPrune, Pruner
+from delta_analysis.pruning.magprune import WIDEST, checked_window
 
 DEVICES = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -60,7 +56,7 @@ def every_pruner(drop_rate: float) -> list[Pruner]:
     return [
         *(Dare(drop_rate, rescale) for rescale in RESCALES),
         *(Magnitude(drop_rate, scope, rescale) for scope in ("tensor", "row") for rescale in RESCALES),
-        *(MagPrune(drop_rate, "widest", rank, rescale) for rank in ("row", "tensor", "value") for rescale in RESCALES),
+        *(MagPrune(drop_rate, "widest", rank, rescale) for rank in ("row", "tensor") for rescale in RESCALES),
         MagPrune(drop_rate, window=0.6 * min(drop_rate, 1 - drop_rate)),
     ]
 
@@ -93,17 +89,9 @@ def rank_shares(row: list[float]) -> list[Fraction]:
     return [(rank - 1) / (len(row) - 1) if len(row) > 1 else Fraction(1, 2) for rank in ranks]
 
 
-def value_shares(row: list[float]) -> list[Fraction]:
-    """(|δ| - least)/(greatest - least), DELLA's NoRank; 1/2 where all are equal."""
-    sizes = [abs(Fraction(value)) for value in row]
-    low, high = min(sizes, default=Fraction(0)), max(sizes, default=Fraction(0))
-    return [(size - low) / (high - low) if high > low else Fraction(1, 2) for size in sizes]
-
-
 def slow_probabilities(tensor: torch.Tensor, drop_rate: float, window: float, rank: str) -> list[Fraction]:
     p, width = Fraction(drop_rate), Fraction(window if 0 < drop_rate < 1 else 0)
-    shares = value_shares if rank == "value" else rank_shares
-    found = [share for row in in_rows(tensor, "tensor" if rank == "tensor" else "row") for share in shares(row)]
+    found = [share for row in in_rows(tensor, rank) for share in rank_shares(row)]
     return [p + width * (Fraction(1, 2) - share) for share in found]
 
 
@@ -123,7 +111,7 @@ def test_magnitude_against_sorting(tensor: torch.Tensor, drop_rate: float, scope
     tensor=tensors(),
     drop_rate=RATE,
     share=st.one_of(st.sampled_from([None, 0.0, 1.0]), st.floats(0, 1)),
-    rank=st.sampled_from(["row", "tensor", "value"]),
+    rank=st.sampled_from(["row", "tensor"]),
     seed=st.integers(0, 99),
 )
 def test_magprune_against_the_formula(
@@ -186,18 +174,6 @@ def test_threads_change_no_bit(large: dict[str, torch.Tensor], pruner: Pruner) -
             results.append(words(pruner(tensor, name="w", seed=0)))
         assert torch.equal(results[0], results[1])
         assert torch.equal(results[0], results[2])
-
-
-@pytest.mark.parametrize("pruner", PRUNERS, ids=lambda pruner: pruner.method)
-def test_torch_arithmetic_gives_the_bits_of_the_compiled_loops(
-    monkeypatch: pytest.MonkeyPatch, large: dict[str, torch.Tensor], pruner: Pruner
-) -> None:
-    cases = [*(tensor[:30] for tensor in large.values()), *(normal(*shape) for shape in SHAPES)]
-    compiled = [pruner(tensor, name="w", seed=0) for tensor in cases]
-    for module in (blocks, cut, pruning, rescaling, rows):
-        monkeypatch.setattr(module, "kernels_for", lambda device: torch_kernels)
-    for tensor, expected in zip(cases, compiled, strict=True):
-        assert torch.equal(words(pruner(tensor, name="w", seed=0)), words(expected))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -263,7 +239,7 @@ def test_magnitude_masks_are_nested_over_drop_rates(scope: str, rates: list[floa
 
 @given(
     rates=st.lists(st.floats(0, 1), min_size=2, max_size=5),
-    rank=st.sampled_from(["row", "tensor", "value"]),
+    rank=st.sampled_from(["row", "tensor"]),
     fixed=st.booleans(),
 )
 def test_magprune_masks_of_one_window_are_nested_over_drop_rates(rates: list[float], rank: str, fixed: bool) -> None:
@@ -286,12 +262,12 @@ def test_nan_counts_as_the_greatest_and_stays() -> None:
         assert not kept[0, [0, 2, 4]].any()
     pruned = MagPrune(0.5)(tensor.repeat(50, 1), name="w", seed=0)
     assert not pruned[:, [0, 2, 4]].isnan().any()
-    for pruner in (Dare(0.5, "l1"), Magnitude(0.5, rescale="l2"), MagPrune(0.5, rank="value")):
+    for pruner in (Dare(0.5, "l1"), Magnitude(0.5, rescale="l2")):
         with pytest.raises(ValueError, match=r"tensor 'model\.w' has NaN or infinite entries"):
             pruner(tensor, name="model.w", seed=0)
 
 
-@pytest.mark.parametrize("rank", ["row", "tensor", "value"])
+@pytest.mark.parametrize("rank", ["row", "tensor"])
 @pytest.mark.parametrize("rescale", RESCALES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_window_zero_is_dare(dtype: torch.dtype, rescale: str | float, rank: str) -> None:
@@ -306,7 +282,7 @@ def test_window_zero_is_dare(dtype: torch.dtype, rescale: str | float, rank: str
 def test_equal_entries_are_dropped_with_probability_p(drop_rate: float, rank: str) -> None:
     """Ranking ties by their own random numbers would drop .863 at .9."""
     n = 400_000
-    pruned = MagPrune(drop_rate, rank=rank)(torch.ones(100, n // 100), name="w", seed=0)
+    pruned = MagPrune(drop_rate, within=rank)(torch.ones(100, n // 100), name="w", seed=0)
     assert torch.equal(words(pruned), words(MagPrune(drop_rate, 0)(torch.ones(100, n // 100), name="w", seed=0)))
     dropped = int((pruned == 0).sum())
     assert abs(dropped - n * drop_rate) < SIGMAS * math.sqrt(n * drop_rate * (1 - drop_rate))
@@ -336,18 +312,18 @@ def test_keep_probability_at_each_decile_of_ranks(
 
 @given(tensor=tensors(), drop_rate=st.floats(0.01, 0.99), rank=st.sampled_from(["row", "tensor"]))
 def test_mean_of_the_probabilities_is_the_drop_rate(tensor: torch.Tensor, drop_rate: float, rank: str) -> None:
-    pruner = MagPrune(drop_rate, rank=rank)
+    pruner = MagPrune(drop_rate, within=rank)
     found = slow_probabilities(tensor, drop_rate, pruner.width, rank)
     assert not found or sum(found) == Fraction(drop_rate) * len(found)
     row = tensor.reshape(1, -1) if rank == "tensor" or tensor.dim() < 2 else tensor.flatten(1)
     if tensor.numel():
-        sums = rows.kernels_for(tensor.device).rank_sums(row.float().contiguous())
-        ours = pruner._by_rank(row.shape[1], sums)
+        sums = rank_sums(row.float().contiguous())
+        ours = pruner.probabilities(row.shape[1], sums)
         assert float(ours.mean()) == pytest.approx(drop_rate, abs=1e-12)
         assert ours.reshape(-1).tolist() == pytest.approx([float(p) for p in found], abs=1e-12)
 
 
-@pytest.mark.parametrize("rank", ["row", "tensor", "value"])
+@pytest.mark.parametrize("rank", ["row", "tensor"])
 @pytest.mark.parametrize("drop_rate", [0.5, 0.9])
 def test_magprune_is_unbiased_with_the_variance_of_the_formula(drop_rate: float, rank: str) -> None:
     """Each entry is δ/(1-p_i) when kept, in a binomial number of 4000 seeds; 1e-6 over all entries.
@@ -356,7 +332,7 @@ def test_magprune_is_unbiased_with_the_variance_of_the_formula(drop_rate: float,
     """
     n_seeds = 4000
     delta = normal(4, 25, seed=1)
-    pruner = MagPrune(drop_rate, rank=rank)
+    pruner = MagPrune(drop_rate, within=rank)
     samples = torch.stack([pruner(delta, name="w", seed=seed) for seed in range(n_seeds)]).reshape(n_seeds, -1)
     keep = np.array([float(1 - p) for p in slow_probabilities(delta, drop_rate, pruner.width, rank)])
     scaled = torch.from_numpy(1 / keep) * delta.reshape(-1).double()
@@ -379,7 +355,7 @@ def test_masks_of_other_seeds_and_tensors_are_independent(one: tuple[int, str], 
     """Products of (kept - its probability) at equal and shifted positions: 5 sigma, 6e-7 a shift."""
     n, pruner = 100_000, MagPrune(0.5)
     tensor = normal(n)
-    (ranks,) = rows.kernels_for(tensor.device).rank_sums(tensor[None])
+    (ranks,) = rank_sums(tensor[None])
     keep = 1 - 0.5 - pruner.width * (0.5 - (ranks / 2 - 1) / (n - 1))
     first, second = ((pruner(tensor, name=name, seed=seed) != 0).double() - keep for seed, name in (one, other))
     for shift in range(5):
@@ -388,46 +364,11 @@ def test_masks_of_other_seeds_and_tensors_are_independent(one: tuple[int, str], 
         assert abs(float((a * b).sum())) < 5 * spread
 
 
-def test_value_in_place_of_the_rank_is_dellas_norank_formula() -> None:
-    tensor = normal(20, 500)
-    tensor[0, 0] = 40.0
-    density, eps_half = 0.3, 0.1
-    size = tensor.abs().double()
-    low, high = size.amin(dim=1, keepdim=True), size.amax(dim=1, keepdim=True)
-    # As in magnitude_sample of the release, less the 1e-7 in its denominator.
-    keep = (density - eps_half) + (size - low) / (high - low) * 2 * eps_half
-    pruned = MagPrune(1 - density, 2 * eps_half, "value")(tensor, name="w", seed=0)
-    numbers = torch.from_numpy(random_bits(10_000, seed=0, name="w").astype(np.int64)).view(20, 500)
-    # Other roundings may move a threshold by one of 2³²; no number is that near here.
-    assert torch.equal(pruned != 0, numbers >= torch.round((1 - keep) * 2**32))
-    torch.testing.assert_close(pruned[pruned != 0].double(), (tensor / keep)[pruned != 0], rtol=1e-6, atol=0)
-    # An outlier pushes its row towards the low end; ranks are indifferent to it.
-    assert keep[0].mean() < density - 0.8 * eps_half
-    assert keep[1:].mean() < density - 0.3 * eps_half
-    calm = tensor.clone()
-    calm[0, 0] = tensor[0].abs()[1:].max() * 1.0001
-    by_rank = [MagPrune(1 - density, 2 * eps_half)(each, name="w", seed=0)[0, 1:] for each in (tensor, calm)]
-    assert torch.equal(*by_rank)
-
-
-def test_an_outlier_lowers_the_keep_rate_by_value_and_not_by_rank() -> None:
-    """1000 seeds of 500 entries; the two rates are 20 sigma apart."""
-    row = normal(500)
-    row[0] = 1000.0
-    kept = {
-        rank: sum(int((MagPrune(0.5, 0.8, rank)(row, name="w", seed=seed) != 0).sum()) for seed in range(1000))
-        for rank in ("row", "value")
-    }
-    spread = math.sqrt(500_000 * 0.25)
-    assert abs(kept["row"] - 250_000) < SIGMAS * spread
-    assert kept["value"] < 500_000 * 0.11
-
-
 def test_rows_and_tensor_are_ranked_apart() -> None:
     tensor = normal(2, 20_000)
     tensor[1] *= 100
     by_row, by_tensor = (
-        (MagPrune(0.5, rank=rank)(tensor, name="w", seed=0) != 0).double() for rank in ("row", "tensor")
+        (MagPrune(0.5, within=rank)(tensor, name="w", seed=0) != 0).double() for rank in ("row", "tensor")
     )
     # By row each keeps a half; in the whole tensor the small row is the less kept one: means .725 and .275.
     assert by_row.mean(dim=1).tolist() == pytest.approx([0.5, 0.5], abs=0.03)
@@ -523,9 +464,9 @@ def test_magnitude_has_no_wrong_turns_at_the_ends() -> None:
 def test_ranks_are_integers_whatever_the_dtype() -> None:
     # In bfloat16 ranks of 4096 entries would collapse to some hundreds, and those of fp16 end at 65504.
     tensor = torch.arange(1, 2049.0).half().repeat(40)
-    sums = rows.kernels_for(tensor.device).rank_sums(tensor.float()[None])
+    sums = rank_sums(tensor.float()[None])
     assert sums.unique().numel() == 2048
-    pruned = MagPrune(0.5, rank="tensor")(tensor, name="w", seed=0)
+    pruned = MagPrune(0.5, within="tensor")(tensor, name="w", seed=0)
     assert pruned.isfinite().all()
     assert pruned.dtype == torch.float16
 
@@ -581,10 +522,10 @@ def test_widest_window_is_nine_tenths_of_the_room(p: float) -> None:
 
 @pytest.mark.parametrize("bad", ["global", "", None, 1, "Row"])
 def test_scope_and_rank_list_the_known_ones(bad: object) -> None:
-    with pytest.raises(ValueError, match="scope must be one of 'tensor', 'row', 'model'") as scope:
+    with pytest.raises(ValueError, match="within must be one of 'tensor', 'row', 'model'") as scope:
         Magnitude(0.5, bad)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="rank must be one of 'row', 'tensor', 'value'") as rank:
-        MagPrune(0.5, rank=bad)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="within must be one of 'row', 'tensor'") as rank:
+        MagPrune(0.5, within=bad)  # type: ignore[arg-type]
     assert repr(bad) in str(scope.value)
     assert repr(bad) in str(rank.value)
 
@@ -617,8 +558,8 @@ def test_one_tensor_is_no_model() -> None:
         (Magnitude(0.5, rescale=2.5), "MP × 2.5"),
         (MagPrune(0.5), "MAGPRUNE"),
         (MagPrune(0.5, 0.2), "MAGPRUNE, window 0.2"),
-        (MagPrune(0.5, rank="tensor"), "MAGPRUNE by tensor"),
-        (MagPrune(0.5, rank="value", rescale="none"), "MAGPRUNE by value drop only"),
+        (MagPrune(0.5, within="tensor"), "MAGPRUNE by tensor"),
+        (MagPrune(0.5, within="tensor", rescale="none"), "MAGPRUNE by tensor drop only"),
         (MagPrune(0.5, rescale="l2"), "MAGPRUNE + L2"),
     ],
 )
@@ -663,7 +604,7 @@ def test_a_norm_out_of_reach_is_an_error(rescale: str) -> None:
 
 
 def test_whole_numbers_and_truth_values_are_no_deltas() -> None:
-    for pruner in (Dare(0.5), Magnitude(0.5), Magnitude(0.5, "row"), MagPrune(0.5), MagPrune(0.5, rank="value")):
+    for pruner in (Dare(0.5), Magnitude(0.5), Magnitude(0.5, "row"), MagPrune(0.5)):
         with pytest.raises(ValueError, match="floating dtype"):
             pruner(torch.arange(8).view(2, 4), name="w", seed=0)
 

@@ -1,10 +1,9 @@
-"""The cut of magnitude pruning against plain sorting, over any number of tensors."""
+"""The threshold of magnitude pruning against plain sorting, over any number of tensors."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,10 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from delta_analysis._kernels import kernels
 from delta_analysis._kernels.philox import RANGE, random_bits
-from delta_analysis.pruning import threshold as cut_module
-from delta_analysis.pruning.threshold import Cut, find_cut
+from delta_analysis.pruning import threshold as threshold_module
+from delta_analysis.pruning.threshold import Threshold, find_threshold
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 TIES = st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.0, -0.5, 1e-45, float("inf"), -float("inf"), float("nan")])
@@ -51,8 +49,8 @@ def places(tensors: Mapping[str, torch.Tensor], seed: int) -> list[Place]:
     return sorted(found)
 
 
-def below(cut: Cut, order: list[Place]) -> list[Place]:
-    return [place for place in order if (place[0], place[1], place[3]) < cut.within(place[2])]
+def below(threshold: Threshold, order: list[Place]) -> list[Place]:
+    return [place for place in order if (place[0], place[1], place[3]) < threshold.of(place[2])]
 
 
 @given(entries=TENSORS, seed=st.integers(0, 100), data=st.data())
@@ -63,9 +61,9 @@ def test_exactly_the_least_entries_lie_below(
     order = places(tensors, seed)
     count = data.draw(st.one_of(st.integers(0, len(order)), st.sampled_from([0, len(order)])))
     passes = Passes(tensors)
-    cut = find_cut(passes, count / max(len(order), 1), seed=seed)
+    threshold = find_threshold(passes, count / max(len(order), 1), seed=seed)
     assert passes.made <= 3
-    assert below(cut, order) == order[:count]
+    assert below(threshold, order) == order[:count]
 
 
 @given(entries=TENSORS, data=st.data())
@@ -75,19 +73,19 @@ def test_order_of_the_tensors_changes_nothing(
     tensors = made(entries)
     drop_rate = data.draw(st.floats(0, 1))
     shuffled = {name: tensors[name] for name in data.draw(st.permutations(list(tensors)))}
-    assert find_cut(shuffled.items, drop_rate, seed=1) == find_cut(tensors.items, drop_rate, seed=1)
+    assert find_threshold(shuffled.items, drop_rate, seed=1) == find_threshold(tensors.items, drop_rate, seed=1)
 
 
 @pytest.mark.parametrize("window", [(0, 0), (RANGE, RANGE), (RANGE // 2, RANGE // 2 + 1)])
 def test_a_window_without_the_rank_costs_a_pass_and_no_exactness(
     monkeypatch: pytest.MonkeyPatch, window: tuple[int, int]
 ) -> None:
-    monkeypatch.setattr(cut_module, "_window", lambda rank, ties: window)
+    monkeypatch.setattr(threshold_module, "_window", lambda rank, ties: window)
     tensors = {"b": torch.ones(30), "a": torch.tensor([1.0, -1.0, 2.0, 0.0] * 5)}
     order = places(tensors, 4)
     for count in range(51):
         passes = Passes(tensors)
-        assert below(find_cut(passes, count / 50, seed=4), order) == order[:count]
+        assert below(find_threshold(passes, count / 50, seed=4), order) == order[:count]
         assert passes.made <= 4
 
 
@@ -98,12 +96,11 @@ def test_equal_numbers_are_told_apart_by_name_then_position(monkeypatch: pytest.
         inside = (numbers >= window[0]) & (numbers < window[1])
         return int((numbers < window[0]).sum()), numbers[inside], positions[inside]
 
-    few = SimpleNamespace(count_high=kernels.count_high, count_low=kernels.count_low, tied=coarse)
-    monkeypatch.setattr(cut_module, "kernels_for", lambda device: few)
+    monkeypatch.setattr(threshold_module, "tied", coarse)
     tensors = {"c": torch.ones(5), "a": torch.ones(7), "b": torch.ones(4)}
     order = sorted((0x3F800000, i % 2, name, i) for name, tensor in tensors.items() for i in range(len(tensor)))
     for count in range(17):
-        assert below(find_cut(tensors.items, count / 16, seed=0), order) == order[:count]
+        assert below(find_threshold(tensors.items, count / 16, seed=0), order) == order[:count]
 
 
 def test_many_ties_are_narrowed_to_a_window() -> None:
@@ -112,12 +109,12 @@ def test_many_ties_are_narrowed_to_a_window() -> None:
     numbers = {name: random_bits(len(tensor), seed=2, name=name) for name, tensor in tensors.items()}
     for count in (1, 777, 125_000, 249_999):
         passes = Passes(tensors)
-        cut = find_cut(passes, count / 250_010, seed=2)
+        threshold = find_threshold(passes, count / 250_010, seed=2)
         assert passes.made == 3
-        assert cut.magnitude == 0
+        assert threshold.magnitude == 0
         dropped = 0
         for name in "ab":
-            _, number, position = cut.within(name)
+            _, number, position = threshold.of(name)
             tied = (numbers[name] == number) & (np.arange(len(numbers[name])) < position)
             dropped += int(((numbers[name] < number) | tied).sum())
         assert dropped == count
@@ -126,7 +123,7 @@ def test_many_ties_are_narrowed_to_a_window() -> None:
 @pytest.mark.parametrize("ties", [1, 2, 50, 10**6, 10**12])
 def test_windows_stay_among_the_numbers_and_narrow_with_the_ties(ties: int) -> None:
     for rank in {1, ties // 3 + 1, ties - 1 or 1}:
-        low, high = cut_module._window(rank, ties)
+        low, high = threshold_module._window(rank, ties)
         assert 0 <= low <= rank / ties * RANGE <= high <= RANGE
         assert (high - low) / RANGE < 9 / ties**0.5 + 165 / ties
 
@@ -135,20 +132,20 @@ def test_whole_magnitudes_take_two_passes_and_nothing_takes_one() -> None:
     tensors = {"a": torch.tensor([1.0, 1.0, 3.0]), "b": torch.tensor([2.0, -3.0])}
     for count, most in ((0, 1), (2, 2), (3, 2), (5, 2), (1, 3), (4, 3)):
         passes = Passes(tensors)
-        cut = find_cut(passes, count / 5, seed=0)
+        threshold = find_threshold(passes, count / 5, seed=0)
         assert passes.made <= most
-        assert below(cut, places(tensors, 0)) == places(tensors, 0)[:count]
+        assert below(threshold, places(tensors, 0)) == places(tensors, 0)[:count]
 
 
 def test_cut_by_hand() -> None:
-    cut = Cut(7, 100, "m", 5)
-    assert cut.within("m") == (7, 100, 5)
-    assert cut.within("a") == (7, 101, 0)
-    assert cut.within("z") == (7, 100, 0)
+    threshold = Threshold(7, 100, "m", 5)
+    assert threshold.of("m") == (7, 100, 5)
+    assert threshold.of("a") == (7, 101, 0)
+    assert threshold.of("z") == (7, 100, 0)
 
 
 def test_no_tensors() -> None:
-    assert find_cut(dict[str, torch.Tensor]().items, 0, seed=0).within("w") == (0, 0, 0)
+    assert find_threshold(dict[str, torch.Tensor]().items, 0, seed=0).of("w") == (0, 0, 0)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
@@ -156,11 +153,13 @@ def test_any_number_of_threads_gives_the_same_cut(count: int) -> None:
     tensors = {name: torch.randint(-9, 9, (600_000,)).float() for name in "ab"}
     before = torch.get_num_threads()
     try:
-        cuts = []
+        thresholds = []
         for threads in (1, count):
             torch.set_num_threads(threads)
-            cuts.append([find_cut(tensors.items, rank / 1_200_000, seed=0) for rank in (1, 500_000, 1_199_999)])
+            thresholds.append(
+                [find_threshold(tensors.items, rank / 1_200_000, seed=0) for rank in (1, 500_000, 1_199_999)]
+            )
     finally:
         torch.set_num_threads(before)
-    assert cuts[0] == cuts[1]
-    assert [a.magnitude <= b.magnitude for a, b in itertools.pairwise(cuts[0])] == [True, True]
+    assert thresholds[0] == thresholds[1]
+    assert [a.magnitude <= b.magnitude for a, b in itertools.pairwise(thresholds[0])] == [True, True]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from delta_analysis.evaluation import Classification, Evaluation, ExactMatch, LmEval, TextPerplexity
-from delta_analysis.pruning.pruners import Dare
+from delta_analysis.pruning import Dare
 from delta_analysis.reports.family import SIZES, questions_file, sample_text_file
 from delta_analysis.reports.parameter_checks import ParameterError
 from delta_analysis.reports.parameters import (

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy.stats import kstest, norm
 
 import delta_analysis as da
-from delta_analysis.pruning.pruners import Dare, Pruner
+from delta_analysis.pruning import Dare, Pruner
 from delta_analysis.pruning.transforms import Change, Clipped, Permuted, Scaled, SignsRedrawn, Topless
 from delta_analysis.reports.parameter_checks import choose_evaluation
 from delta_analysis.studies.causes import Noise

@@ -16,7 +16,7 @@ from scipy.optimize import minimize, minimize_scalar
 
 import delta_analysis as da
 from delta_analysis.prediction.layers import delta_noise
-from delta_analysis.pruning.pruners import Dare, Magnitude, MagPrune, Pruner
+from delta_analysis.pruning import Dare, Magnitude, MagPrune, Pruner
 from delta_analysis.studies.mitigation import LowRank, PerTensor, allot, factors_by_layer
 from tests.tiny_family import NORM, QUERY, UP, Reads, make_family
 

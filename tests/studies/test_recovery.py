@@ -13,7 +13,7 @@ import pytest
 import delta_analysis as da
 from delta_analysis.evaluation import ExactMatch, OutputDrift
 from delta_analysis.prediction.layers import delta_noise
-from delta_analysis.pruning.pruners import Dare, Magnitude, MagPrune, Pruner
+from delta_analysis.pruning import Dare, Magnitude, MagPrune, Pruner
 from delta_analysis.reports.family import questions_file
 from delta_analysis.studies.mitigation import DRIFT, FACTORS, WEIGHTS, recovered, ways
 from delta_analysis.studies.rescaling import halves

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
 from delta_analysis.evaluation.drift import OutputDrift
-from delta_analysis.pruning.pruners import Dare
+from delta_analysis.pruning import Dare
 from delta_analysis.studies.rescaling import agreement, best_factors, factor_grid, factor_of, halves
 from delta_analysis.sweeps.engine import sweep
 from tests.tiny_family import UP, Reads, make_family

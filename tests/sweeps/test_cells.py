@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from delta_analysis.evaluation import Classification, ExactMatch, Labelled, LmEval, Question, harness
-from delta_analysis.pruning.pruners import Dare, MagPrune
+from delta_analysis.pruning import Dare, MagPrune
 from delta_analysis.sweeps import cells
 from delta_analysis.sweeps.cells import SCHEMA, CellStore, Row, content, digest
 from delta_analysis.sweeps.pairs import Edit
@@ -54,7 +54,7 @@ def test_content_is_classes_and_fields() -> None:
             "class": "MagPrune",
             "drop_rate": 0.5,
             "window": 0.25,
-            "rank": "row",
+            "within": "row",
             "rescale": "inverse_keep",
         },
         "scope": "attention",

@@ -23,7 +23,7 @@ from delta_analysis.checkpoints.checkpoint import open_checkpoint
 from delta_analysis.checkpoints.provenance import content_hash, versions
 from delta_analysis.evaluation import ExactMatch, Question, load_questions
 from delta_analysis.evaluation.models import load_model, load_tokenizer
-from delta_analysis.pruning.pruners import Dare, Magnitude, MagPrune
+from delta_analysis.pruning import Dare, Magnitude, MagPrune
 from delta_analysis.reports.family import questions_file
 from delta_analysis.sweeps import pairs as editable
 from delta_analysis.sweeps.cells import CellStore
@@ -82,13 +82,13 @@ def test_one_row_a_cell_and_metric_in_the_columns_of_the_contract(family: Family
         for seed in seeds
         for evaluation, metric in (("one", "accuracy"), ("two", "perplexity"))
     ]
-    assert list(table.columns) == [*LABELS, *MEASURES, "option_scope", *ORIGIN]
+    assert list(table.columns) == [*LABELS, *MEASURES, "option_within", *ORIGIN]
     assert list(table[LABELS].itertuples(index=False, name=None)) == expected
     assert table.index.tolist() == list(range(len(expected)))
     assert table["drop_rate"].dtype == np.float64
     assert (table["seconds"] > 0).all()
     assert table["error"].isna().all()
-    assert table["option_scope"].dropna().tolist() == ["tensor"] * 4
+    assert table["option_within"].dropna().tolist() == ["tensor"] * 4
     assert set(table["device"]) == {"cpu"}
     assert set(table["base_hash"]) == {content_hash(str(family.base))}
     assert set(table["finetuned_hash"]) == {content_hash(str(family.finetuned))}
@@ -109,15 +109,15 @@ def test_cells_are_base_plus_pruned_delta(family: Family, tmp_path: Path) -> Non
 def test_options_are_columns_of_their_own(family: Family, tmp_path: Path) -> None:
     edits = [Dare(0.5), Magnitude(0.5, "row"), MagPrune(0.5), MagPrune(0.5, 0.25, "tensor")]
     own = sweep([family.pair()], edits, [Reads()], [0], tmp_path).filter(like="option_").astype(object)
-    assert list(own.columns) == ["option_rank", "option_scope", "option_window"]
+    assert list(own.columns) == ["option_window", "option_within"]
     assert own.where(own.notna(), None).to_numpy().tolist() == [
-        [None, None, None],
-        [None, "row", None],
-        ["row", None, "widest"],
-        ["tensor", None, "0.25"],
+        [None, None],
+        [None, "row"],
+        ["widest", "row"],
+        ["0.25", "tensor"],
     ]
     assert options(Dare(0.5)) == {}
-    assert options(MagPrune(0.5, 0)) == {"option_window": "0.0", "option_rank": "row"}
+    assert options(MagPrune(0.5, 0)) == {"option_window": "0.0", "option_within": "row"}
 
 
 @pytest.mark.parametrize("workers", [1, 3])

@@ -13,7 +13,7 @@ import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from delta_analysis.checkpoints.provenance import versions
-from delta_analysis.pruning.pruners import Dare
+from delta_analysis.pruning import Dare
 from delta_analysis.sweeps import pairs as editable
 from delta_analysis.sweeps.cells import SCHEMA, CellStore
 from delta_analysis.sweeps.intervals import MEAN, PERPLEXITY, metric_interval

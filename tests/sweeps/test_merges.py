@@ -27,7 +27,7 @@ from delta_analysis.evaluation.models import finetuned_model, load_model
 from delta_analysis.evaluation.tokens import token_batches
 from delta_analysis.merging.merger import merge
 from delta_analysis.merging.methods import MergeMethod, Parts
-from delta_analysis.pruning.pruners import Dare, Magnitude, MagPrune, Pruner
+from delta_analysis.pruning import Dare, Magnitude, MagPrune, Pruner
 from delta_analysis.reports.family import questions_file
 from delta_analysis.sweeps import merges as merge_edit
 from delta_analysis.sweeps.engine import SweepError, sweep

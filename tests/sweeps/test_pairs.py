@@ -20,7 +20,7 @@ from delta_analysis.checkpoints.checkpoint import open_checkpoint
 from delta_analysis.deltas.delta import load_delta
 from delta_analysis.deltas.selection import editable_shapes, in_scope
 from delta_analysis.evaluation.models import finetuned_model, load_model
-from delta_analysis.pruning.pruners import Dare, Magnitude, MagPrune, Pruner, bind
+from delta_analysis.pruning import Dare, Magnitude, MagPrune, Pruner, bind
 from delta_analysis.sweeps import pairs as editable
 from delta_analysis.sweeps.pairs import Edit, EditablePair, Pair, edited_source, held_pair, release_pairs
 from delta_analysis.zoo.tokenizer import character_tokenizer

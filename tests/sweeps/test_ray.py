@@ -19,7 +19,7 @@ import ray
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from delta_analysis.pruning.pruners import Dare, Magnitude
+from delta_analysis.pruning import Dare, Magnitude
 from delta_analysis.sweeps.engine import sweep
 from delta_analysis.sweeps.pairs import Edit
 from delta_analysis.sweeps.ray import RayExecutor

@@ -19,7 +19,7 @@ from delta_analysis.checkpoints.checkpoint import open_checkpoint
 from delta_analysis.checkpoints.provenance import content_hash
 from delta_analysis.evaluation import ExactMatch, Question
 from delta_analysis.evaluation.models import load_model
-from delta_analysis.pruning.pruners import Dare, Magnitude, MagPrune
+from delta_analysis.pruning import Dare, Magnitude, MagPrune
 from delta_analysis.sweeps.engine import sweep
 from delta_analysis.sweeps.pairs import Edit, Pair
 from tests.tiny_family import (

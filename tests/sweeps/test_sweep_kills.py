@@ -18,7 +18,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
-from delta_analysis.pruning.pruners import Dare, Magnitude
+from delta_analysis.pruning import Dare, Magnitude
 from delta_analysis.sweeps import cells
 from delta_analysis.sweeps.engine import SweepError, sweep
 from delta_analysis.sweeps.pairs import Edit, Pair

@@ -20,7 +20,7 @@ from scipy.special import logit as scipy_logit
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from delta_analysis.evaluation import Classification, ExactMatch, Kind, Labelled, OutputDrift, Question
-from delta_analysis.pruning.pruners import Dare, Magnitude, MagPrune, Pruner
+from delta_analysis.pruning import Dare, Magnitude, MagPrune, Pruner
 from delta_analysis.sweeps import pairs as editable
 from delta_analysis.sweeps.engine import Evaluations, SweepError, sweep
 from delta_analysis.sweeps.intervals import MEAN, PERPLEXITY, Interval, Metric, inverse_logit, logit
