@@ -4,7 +4,7 @@ from delta_analysis.deltas.alignment import COMPARED, VOCABULARIES, Match, Vocab
 from delta_analysis.deltas.delta import Delta, load_delta
 from delta_analysis.deltas.ranges import GROUPS, LABELS, Grouping, magnitude_histogram, value_ranges
 from delta_analysis.deltas.saving import save_checkpoint
-from delta_analysis.deltas.selection import CLASSIFIER, editable_shapes, in_scope
+from delta_analysis.deltas.selection import CLASSIFIER, in_scope, parts_and_layers
 from delta_analysis.deltas.streaming import tally_delta
 from delta_analysis.deltas.tally import MAGNITUDE_QUANTILES, THRESHOLDS
 
@@ -21,10 +21,10 @@ __all__ = [
     "Match",
     "Vocabulary",
     "align",
-    "editable_shapes",
     "in_scope",
     "load_delta",
     "magnitude_histogram",
+    "parts_and_layers",
     "save_checkpoint",
     "tally_delta",
     "value_ranges",

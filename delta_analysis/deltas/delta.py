@@ -25,6 +25,7 @@ from delta_analysis.checkpoints import (
     pair_sources,
 )
 from delta_analysis.deltas.alignment import COMPARED, Match, Vocabulary, align, coverage_table
+from delta_analysis.deltas.selection import CLASSIFIER, HEADS, in_scope
 from delta_analysis.pruning import Prune, Pruner, bind
 
 SAMPLED_TENSORS, SAMPLED_ENTRIES = 5, 2**16
@@ -109,6 +110,35 @@ class Delta(Mapping[str, torch.Tensor]):
             reading.
         """
         return replace(self, edits=(*self.edits, (pruner, seed)))
+
+    def select(self, scope: str = "all") -> Delta:
+        """The part of the delta that an edit of a scope reaches; of a classifier never its head.
+
+        Pruners that were given before act on this part alone, as if it had been selected first.
+
+        Parameters
+        ----------
+        scope : `all` (as DARE's scripts for language models do); `linear`, the matrices inside the
+            layers, without the output head; `attention` and `mlp`, the matrices and biases of a layer's
+            attention and those beside it; `embeddings`; `norms`; a glob pattern such as
+            `*.layers.0.*`; or several of these with commas between.
+
+        Raises
+        ------
+        ValueError
+            A part of the scope that selects nothing.
+
+        Examples
+        --------
+        >>> delta = load_delta(base="zoo:tiny/base", finetuned="zoo:tiny/math")
+        >>> list(delta.select("embeddings"))
+        ['model.embed_tokens.weight']
+        """
+        architecture = next(iter(self.finetuned.config.get("architectures") or []), "")
+        heads = HEADS if architecture.endswith(CLASSIFIER) else ()
+        shapes = {name: match.shape for name, match in self.compared.items() if not (heads and name.startswith(heads))}
+        chosen = set(in_scope(scope, {name: len(shape) for name, shape in shapes.items()}))
+        return replace(self, matches=tuple(self.compared[name] for name in self if name in chosen))
 
     def summary(self) -> pd.DataFrame:
         """What the pruning did, one row a tensor.

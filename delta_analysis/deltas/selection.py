@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from fnmatch import fnmatchcase
 
 from delta_analysis.checkpoints import NO_LAYER, parse_name
-from delta_analysis.deltas.delta import Delta
 
 PARTS = ("attention", "mlp", "embeddings", "norms")
 """Scopes no two of which have a tensor in common."""
-
-
 SCOPES = ("all", "linear", *PARTS)
+CLASSIFIER = "ForSequenceClassification"
+"""How the architecture of a model with a classification head ends."""
+HEADS = ("classifier.", "score.", "classification_head.")
+"""Modules of a classification head: not pruned, as in DARE's scripts for GLUE (its pooler is)."""
 
 
 def _part(layer: int, module: str, kind: str) -> str:
@@ -95,19 +96,3 @@ def _selects(part: str, name: str, ndim: int) -> bool:
         return fnmatchcase(name, part)
     layer, module, kind = parse_name(name, ndim)
     return part in ("all", _part(layer, module, kind)) or (part == "linear" and kind == "linear" and layer != NO_LAYER)
-
-
-HEADS = ("classifier.", "score.", "classification_head.")
-"""Modules of a classification head: not pruned, as in DARE's scripts for GLUE (its pooler is)."""
-
-
-def editable_shapes(delta: Delta) -> dict[str, tuple[int, ...]]:
-    """The tensors that an edit may reach, with their shapes: all of a delta, of a classifier without its head."""
-    architecture = next(iter(delta.finetuned.config.get("architectures") or []), "")
-    shapes = {name: match.finetuned.shape for name, match in delta.compared.items() if match.finetuned is not None}
-    heads = HEADS if architecture.endswith(CLASSIFIER) else ()
-    return {name: tuple(shape) for name, shape in shapes.items() if not (heads and name.startswith(heads))}
-
-
-CLASSIFIER = "ForSequenceClassification"
-"""How the architecture of a model with a classification head ends."""

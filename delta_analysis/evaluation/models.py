@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from delta_analysis._errors import CheckpointError
 from delta_analysis.checkpoints import Checkpoint, output_head, tokenizer_folder
-from delta_analysis.deltas import CLASSIFIER, Delta, editable_shapes
+from delta_analysis.deltas import CLASSIFIER, Delta
 
 
 def load_model(checkpoint: Checkpoint, device: str = "cpu", dtype: str = "float32") -> PreTrainedModel:
@@ -113,7 +113,7 @@ def finetuned_model(
         model.config.pad_token_id = tokenizer.pad_token_id
     _untie_head(model, delta)
     if apart is not None:
-        read = ((name, delta.read(name)) for name in editable_shapes(delta))
+        read = ((name, delta.read(name)) for name in delta.select())
         _write(model, ((name, base + tensor) for name, (tensor, base) in read if base is not None))
     return model, tokenizer
 

@@ -1,6 +1,6 @@
 """Noise in the layers, and the drop rate foretold."""
 
-from delta_analysis.prediction.layers import delta_noise, layer_noise, within
+from delta_analysis.prediction.layers import delta_noise, layer_noise
 from delta_analysis.prediction.predict import (
     ForetoldDropRate,
     calibration_file,
@@ -21,5 +21,4 @@ __all__ = [
     "layer_noise",
     "left_out",
     "tolerated_drop_rate",
-    "within",
 ]

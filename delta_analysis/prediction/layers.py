@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from delta_analysis.checkpoints import Source, bare_name, parse_name
-from delta_analysis.deltas import COMPARED, Delta, editable_shapes, in_scope, load_delta
+from delta_analysis.deltas import Delta, load_delta
 from delta_analysis.evaluation import Batch, check_texts, finetuned_model, parameters_of, token_batches
 from delta_analysis.prediction.layer_inputs import Isotropic, LayerInputs, Matrix, energy, layer_inputs, positions
 from delta_analysis.pruning import Dare, Law, Lawful, Number, Prune, Pruner, bind
@@ -134,7 +134,7 @@ def delta_noise(
         raise ValueError(f"pruners must be a list of at least one, such as [Dare(0.9)]; not {pruners!r}")
     if isinstance(inputs, str):
         raise ValueError("inputs must be a list of texts, and this is a single one; give [text]")
-    part = delta if scope is None else within(delta, scope)
+    part = delta if scope is None else delta.select(scope)
     ready = ReadyPruners.of(part, pruners, seed)
     if inputs is None:
         found = [(_Use(name, "", "", torch.nn.Module()), _without_inputs(part, name, ready)) for name in part]
@@ -144,12 +144,6 @@ def delta_noise(
         batches = token_batches(tuple(inputs), model, tokenizer, most_tokens=most_tokens)
         found = _over_batches(part, model, batches, ready)
     return pd.DataFrame([row for use, energies in found for row in _rows(use, part, energies, pruners)])
-
-
-def within(delta: Delta, scope: str) -> Delta:
-    """The part of a delta that an edit of a scope reaches."""
-    chosen = set(in_scope(scope, {name: len(shape) for name, shape in editable_shapes(delta).items()}))
-    return replace(delta, matches=tuple(m for m in delta.matches if m.status == COMPARED and m.tensor in chosen))
 
 
 def _measured(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from delta_analysis.checkpoints import find_input, open_checkpoint, resolve, tokenizer_folder
-from delta_analysis.deltas import editable_shapes, in_scope, load_delta
+from delta_analysis.deltas import load_delta
 from delta_analysis.evaluation import (
     Classification,
     Evaluation,
@@ -121,7 +121,7 @@ def check_scope(scope: str, relations: Sequence[Relation]) -> None:
     for relation in relations:
         delta = load_delta(base=relation.base or None, finetuned=relation.finetuned)
         try:
-            in_scope(scope, {name: len(shape) for name, shape in editable_shapes(delta).items()})
+            delta.select(scope)
         except ValueError as error:
             raise ParameterError("scope", f"{relation.name}: {error}") from error
 

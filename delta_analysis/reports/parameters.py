@@ -67,7 +67,7 @@ class ValueRangesParameters:
 class AblationParameters:
     """Parameters of the ablations, 02 to 06; empty `base` and `finetuned` mean the embedded family.
 
-    `scope` is one of `in_scope`. `n_questions` is the most that are asked. `evaluation` is a task
+    `scope` is one of `Delta.select`. `n_questions` is the most that are asked. `evaluation` is a task
     (`instruct`, `math`, `code`), a `.jsonl` file of questions or of texts with labels, `lm-eval:TASK`
     (several with commas between), a text file for perplexity, or empty: then the task that the
     embedded model was tuned for, else perplexity on a short English text. `chat_template` puts

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from delta_analysis.checkpoints import file_hashes, sha256, versions, written_whole
-from delta_analysis.deltas import editable_shapes, in_scope, load_delta
+from delta_analysis.deltas import load_delta
 from delta_analysis.evaluation import Evaluation
 from delta_analysis.sweeps import END, HIGHEST, LOWEST, NONE, Interval, Pair
 
@@ -70,8 +70,8 @@ def scope_text(scope: str, pairs: Sequence[Pair]) -> str:
     lines = []
     for pair in pairs:
         delta = load_delta(base=pair.base, finetuned=pair.finetuned)
-        numel = {name: math.prod(match.finetuned.shape) for name, match in delta.compared.items() if match.finetuned}
-        chosen = in_scope(scope, {name: len(shape) for name, shape in editable_shapes(delta).items()})
+        numel = {name: math.prod(match.shape) for name, match in delta.compared.items()}
+        chosen = delta.select(scope)
         share = sum(numel[name] for name in chosen) / max(sum(numel.values()), 1)
         lines.append((len(chosen), len(numel), percent(share)))
     told = " or ".join(

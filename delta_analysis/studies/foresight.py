@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from delta_analysis.deltas import Delta, value_ranges
-from delta_analysis.prediction import delta_noise, fit_line, left_out, within
+from delta_analysis.prediction import delta_noise, fit_line, left_out
 from delta_analysis.sweeps import END, HIGHEST, LOWEST, RESAMPLES, Interval, logit, percentile_interval
 
 SUMMARIES = ("largest", "rss", "sum", "mean", "median")
@@ -51,7 +51,7 @@ def delta_predictors(
     noise = norms.iloc[:0] if inputs is None else delta_noise(delta, inputs)
     rows = []
     for scope in scopes:
-        part = within(delta, scope)
+        part = delta.select(scope)
         found = noise_predictors(noise, part), noise_predictors(norms, part, prefix="norms"), value_predictors(part)
         rows.append({"scope": scope, **found[0], **found[1], **found[2]})
     return pd.DataFrame(rows)

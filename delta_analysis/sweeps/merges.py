@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 
 from delta_analysis.checkpoints import content_hash
-from delta_analysis.deltas import Delta, editable_shapes, load_delta
+from delta_analysis.deltas import Delta, load_delta
 from delta_analysis.evaluation import finetuned_model, token_batches
 from delta_analysis.merging import MergeMethod, Merger, Statistic, Statistics, gather, merge_label
 from delta_analysis.pruning import Prune, Pruner, Rescale
@@ -98,9 +98,9 @@ class Merging:
     def over(self, tensors: Mapping[str, torch.Tensor], seed: int) -> Prune:
         """The merge of the pair's delta with the others."""
         first, *others = map(_opened, self.sources)
-        own, deltas = editable_shapes(first), [tensors]
+        own, deltas = first.select(), [tensors]
         for other in others:
-            names = editable_shapes(other)
+            names = other.select()
             if beyond := [name for name in names if name not in own]:
                 raise ValueError(
                     f"{other.finetuned.source}: changes {beyond[0]!r}, which {first.finetuned.source} leaves alone; "

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from delta_analysis.checkpoints import PREFIX, open_checkpoint, pair_sources
-from delta_analysis.deltas import editable_shapes, in_scope, load_delta
+from delta_analysis.deltas import in_scope, load_delta
 from delta_analysis.evaluation import (
     Evaluation,
     _write,
@@ -55,7 +55,7 @@ class Edit:
     Attributes
     ----------
     pruner : such as `Dare(0.9)`.
-    scope : which tensors; `all` by default, else as `in_scope` takes it: `linear`, `attention`,
+    scope : which tensors; `all` by default, else as `Delta.select` takes it: `linear`, `attention`,
         `mlp`, `embeddings`, `norms`, glob patterns, several with commas between.
     """
 
@@ -91,7 +91,7 @@ class EditablePair:
     def load(cls, pair: Pair, device: str = "cpu") -> EditablePair:
         lazy = load_delta(base=pair.base, finetuned=pair.finetuned)
         model, tokenizer = finetuned_model(lazy, device)
-        tensors = {name: lazy.read(name) for name in editable_shapes(lazy)}
+        tensors = {name: lazy.read(name) for name in lazy.select()}
         delta = {name: tensor for name, (tensor, _) in tensors.items()}
         base = {name: torch.zeros_like(delta[name]) if start is None else start for name, (_, start) in tensors.items()}
         nonzero = {name: int(torch.count_nonzero(tensor)) for name, tensor in delta.items()}

@@ -8,6 +8,7 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
+import delta_analysis as da
 from delta_analysis.checkpoints.names import parse_name
 from delta_analysis.deltas.selection import PARTS, SCOPES, in_scope, parts_and_layers
 
@@ -244,3 +245,18 @@ def test_layers_come_in_the_order_of_their_numbers_whatever_that_of_the_tensors(
 def test_what_has_no_layers_has_parts_only() -> None:
     assert parts_and_layers({"model.norm.weight": 1}) == {"norms": ["model.norm.weight"]}
     assert parts_and_layers({"lm_head.weight": 2}) == {}
+
+
+@pytest.mark.parametrize("pruner", [da.Dare(0.5), da.Magnitude(0.5, within="model")], ids=repr)
+def test_a_part_of_a_delta_is_a_delta_whether_selected_before_or_after_pruning(pruner: da.Dare) -> None:
+    delta = da.load_delta(base="zoo:tiny/base", finetuned="zoo:tiny/math")
+    part = delta.select("mlp, norms")
+    assert list(part) == in_scope("mlp,norms", {name: tensor.dim() for name, tensor in delta.items()})
+    assert da.value_ranges(part)["tensor"].tolist() == list(part)
+    before, after = part.pruned(pruner, seed=1), delta.pruned(pruner, seed=1).select("mlp,norms")
+    assert list(before) == list(after) == list(part)
+    for name in part:
+        assert torch.equal(part[name], delta[name])
+        assert torch.equal(before[name], after[name])
+    with pytest.raises(ValueError, match="selects none of the"):
+        delta.select("*nowhere*")

@@ -12,7 +12,6 @@ import pytest
 import delta_analysis as da
 from delta_analysis.checkpoints.paths import find_root
 from delta_analysis.checkpoints.provenance import content_hash
-from delta_analysis.deltas.selection import editable_shapes, in_scope
 from delta_analysis.prediction.predict import calibration_file, calibration_table
 from delta_analysis.reports import calibration
 from delta_analysis.reports.calibration import PARTS, TOLERANCE, groups, main, measure, tolerance
@@ -46,17 +45,15 @@ def test_every_relation_has_a_task_and_every_scope_selects_something() -> None:
         for relation in relations:
             assert relation.task, name
             delta = da.load_delta(base=relation.base, finetuned=relation.finetuned)
-            shapes = {tensor: len(shape) for tensor, shape in editable_shapes(delta).items()}
-            chosen = {tuple(in_scope(scope, shapes)) for scope in scopes}
+            chosen = {tuple(delta.select(scope)) for scope in scopes}
             assert len(chosen) == len(scopes)
 
 
 def test_the_size_small_is_measured_in_every_layer() -> None:
     delta = da.load_delta(base="zoo:small/base", finetuned="zoo:small/code")
-    shapes = {tensor: len(shape) for tensor, shape in editable_shapes(delta).items()}
     scopes = {name: scopes for name, _, scopes in groups()}["small"]
-    found = [tensor for scope in scopes if "layers" in scope for tensor in in_scope(scope, shapes)]
-    assert sorted(found) == sorted(tensor for tensor in shapes if ".layers." in tensor)
+    found = [tensor for scope in scopes if "layers" in scope for tensor in delta.select(scope)]
+    assert sorted(found) == sorted(tensor for tensor in delta if ".layers." in tensor)
 
 
 def test_the_committed_table_is_what_is_measured() -> None:

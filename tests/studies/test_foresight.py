@@ -19,7 +19,7 @@ from transformers import MambaConfig, MambaForCausalLM
 import delta_analysis as da
 from delta_analysis.checkpoints.paths import zoo_model
 from delta_analysis.deltas import Delta
-from delta_analysis.prediction import calibration_table, delta_noise, fit_line, left_out, tolerated_drop_rate, within
+from delta_analysis.prediction import calibration_table, delta_noise, fit_line, left_out, tolerated_drop_rate
 from delta_analysis.prediction.predict import WITH_INPUTS, WITHOUT_INPUTS
 from delta_analysis.reports.calibration import QUESTIONS, TEXTS
 from delta_analysis.reports.parameter_checks import choose_evaluation
@@ -253,7 +253,7 @@ def test_summaries_are_in_the_order_of_size(values: list[float]) -> None:
     ],
 )
 def test_a_scope_selects_tensors(delta: Delta, scope: str, inside: str, outside: str) -> None:
-    part = within(delta, scope)
+    part = delta.select(scope)
     assert inside in part
     assert outside not in part
     assert torch.equal(part[inside], delta[inside])
@@ -261,14 +261,14 @@ def test_a_scope_selects_tensors(delta: Delta, scope: str, inside: str, outside:
 
 
 def test_everything_is_in_all_and_edits_stay(delta: Delta) -> None:
-    assert list(within(delta, "all")) == list(delta)
-    edited = within(delta.pruned(da.Dare(1.0), seed=0), "mlp")
-    assert set(edited) == set(within(delta, "mlp"))
+    assert list(delta.select("all")) == list(delta)
+    edited = delta.pruned(da.Dare(1.0), seed=0).select("mlp")
+    assert set(edited) == set(delta.select("mlp"))
     assert not edited[UP].any()
 
 
 def test_a_scope_that_selects_nothing(delta: Delta) -> None:
-    for call in (lambda: within(delta, "*nowhere*"), lambda: delta_predictors(delta, ["all", "*nowhere*"])):
+    for call in (lambda: delta.select("*nowhere*"), lambda: delta_predictors(delta, ["all", "*nowhere*"])):
         with pytest.raises(ValueError, match=r"scope '\*nowhere\*' selects none"):
             call()
 
@@ -306,7 +306,7 @@ def test_predictors_of_scopes_against_sums_of_squares(delta: Delta) -> None:
     assert table["scope"].tolist() == WITHIN
     assert table[list(NOISE)].isna().all(axis=None)
     for scope, row in zip(WITHIN, table.to_dict("records"), strict=True):
-        part = {name: tuned[name] - start[name] for name in within(delta, scope)}
+        part = {name: tuned[name] - start[name] for name in delta.select(scope)}
         ratios = [float(each.square().sum() / tuned[name].square().sum()) for name, each in part.items()]
         assert row["norms_largest"] == pytest.approx(max(ratios))
         assert row["norms_rss"] == pytest.approx(math.hypot(*ratios))
@@ -328,7 +328,7 @@ def test_with_inputs_noise_is_that_of_the_layers(delta: Delta) -> None:
     # The embedding is tied to the head, and its noise counts in both.
     assert (noise["tensor"] == EMBED).sum() == 2
     for scope, row in zip(WITHIN, table.to_dict("records"), strict=True):
-        expected = noise_predictors(noise, list(within(delta, scope)))
+        expected = noise_predictors(noise, list(delta.select(scope)))
         assert {name: row[name] for name in NOISE} == expected
     without = delta_predictors(delta, WITHIN)
     pd.testing.assert_frame_equal(table.drop(columns=[*NOISE]), without.drop(columns=[*NOISE]))
