@@ -16,7 +16,6 @@ from delta_analysis._errors import NotHomologousError
 from delta_analysis.deltas.delta import load_delta
 from delta_analysis.deltas.ranges import GROUPS, LABELS, Grouping, value_ranges
 from delta_analysis.merging.conflicts import interference
-from delta_analysis.pruning import Dare
 
 NAMES = ["model.norm.weight", "model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight"]
 COLUMNS = [
@@ -120,14 +119,6 @@ def test_each_pair_is_compared_as_if_alone() -> None:
         pd.testing.assert_frame_equal(rows.reset_index(drop=True), alone)
 
 
-def test_neither_of_two_comes_first() -> None:
-    found = interference({"a": several(0), "b": several(10)})
-    turned = interference({"b": several(10), "a": several(0)})
-    assert (turned["norm_ratio"] * found["norm_ratio"]).tolist() == pytest.approx([1.0] * 3)
-    rest = [column for column in MEASURES if column != "norm_ratio"]
-    pd.testing.assert_frame_equal(found[rest], turned[rest])
-
-
 @pytest.mark.parametrize(
     "entries", [normal(1000), normal(1000).sign(), normal(1000).round()], ids=["", "signs", "ties"]
 )
@@ -158,17 +149,6 @@ def test_tensors_that_one_side_lacks_are_left_out() -> None:
         ("a", "c"): NAMES[1:],
         ("b", "c"): [NAMES[0], NAMES[2]],
     }
-
-
-def test_dropping_at_random_leaves_few_entries_to_conflict() -> None:
-    deltas = {name: load_delta(base="zoo:tiny/base", finetuned=f"zoo:tiny/{name}") for name in ("instruct", "math")}
-    pruned = {name: delta.pruned(Dare(0.8), seed=i) for i, (name, delta) in enumerate(deltas.items())}
-    (before,), (after,) = (measured(interference(each, by="model")) for each in (deltas, pruned))
-    # Each survives in both with probability 0.04: six sigmas.
-    numel = sum(tensor.numel() for tensor in deltas["math"].values())
-    assert abs(after["both"] / before["both"] - 0.04) < 6 * math.sqrt(0.04 / numel) / before["both"]
-    assert after["conflicts"] < 0.05 * before["conflicts"]
-    assert abs(after["conflicts_of_both"] - before["conflicts_of_both"]) < 6 * math.sqrt(0.25 / (0.04 * numel))
 
 
 class Recorded(Mapping[str, torch.Tensor]):

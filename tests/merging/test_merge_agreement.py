@@ -17,7 +17,7 @@ from delta_analysis.merging.task_arithmetic import TaskArithmetic
 from delta_analysis.merging.ties import Ties
 from delta_analysis.pruning import Magnitude, Pruner
 
-SHAPES = [(1,), (7,), (40, 50), (3, 4, 5), (300, 301)]
+SHAPES = [(1,), (3, 4, 5), (300, 301)]
 WEIGHTS = [(1.0,), (1.0, 1.0), (0.3, -2.0, 0.7)]
 
 
@@ -47,8 +47,8 @@ def test_task_arithmetic(shape: tuple[int, ...], weights: tuple[float, ...]) -> 
     torch.testing.assert_close(ours(tensors, weights, TaskArithmetic()), expected, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 1.0])
-@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("share", [0.1, 0.9, 1.0])
+@pytest.mark.parametrize("weights", WEIGHTS[1:])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_task_arithmetic_after_magnitude(shape: tuple[int, ...], weights: tuple[float, ...], share: float) -> None:
     tensors = normal(len(weights), shape)
@@ -59,8 +59,8 @@ def test_task_arithmetic_after_magnitude(shape: tuple[int, ...], weights: tuple[
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
-@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize("share", [0.1, 0.9])
+@pytest.mark.parametrize("count", [1, 5])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_ties_with_equal_weights(shape: tuple[int, ...], count: int, share: float) -> None:
     """Their weight multiplies the mean, where ours cancels; so it is our scaling."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 
 from delta_analysis.merging.average import Average
 from delta_analysis.merging.della import Della
-from delta_analysis.merging.merger import TRIMMING, Merger, Pruned, Tensors, merge_label, source_seed
+from delta_analysis.merging.merger import TRIMMING, Merger, Tensors, merge_label, source_seed
 from delta_analysis.merging.methods import MergeMethod, Parts
 from delta_analysis.merging.task_arithmetic import TaskArithmetic
 from delta_analysis.merging.ties import Ties
@@ -136,15 +135,6 @@ def test_what_the_method_trims_comes_after_the_pruner_and_has_numbers_of_its_own
     assert torch.equal(merger(Della(0.7))("w"), merger(Della(0.0), MagPrune(0.7))("w"))
 
 
-def test_dropping_twice_keeps_what_two_independent_masks_keep() -> None:
-    shown = Shown(trim=MagPrune(0.5, 0.0))
-    whole = {"w": torch.ones(300, 300)}
-    kept = [delta != 0 for delta in handed(shown, merger(shown, Dare(0.5), [whole] * 3)).deltas]
-    for each in kept:
-        # Six standard deviations of a share of 90000 entries.
-        assert abs(float(each.double().mean()) - 0.25) < 0.01
-
-
 def test_each_delta_may_have_a_pruner_of_its_own() -> None:
     shown = Shown()
     parts = handed(shown, merger(shown, pruners=[Dare(0.5), None, Magnitude(0.5)]))
@@ -163,20 +153,6 @@ def test_a_model_wide_trim_is_of_each_delta_as_a_whole() -> None:
     numel = sum(tensor.numel() for tensor in BASE.values())
     assert left == [numel - round(0.6 * numel)] * 3
     assert not all(torch.equal(make(name), merger(Ties(0.6))(name)) for name in SHAPES)
-
-
-@pytest.mark.parametrize("method", [Ties(0.5, "model"), Della(0.5), TaskArithmetic()], ids=lambda each: each.label)
-def test_the_order_of_reading_changes_nothing(method: MergeMethod) -> None:
-    forward, backward = merger(method, Dare(0.3)), merger(method, Dare(0.3))
-    first = {name: forward(name) for name in SHAPES}
-    for name in reversed(SHAPES):
-        assert torch.equal(backward(name), first[name])
-        assert torch.equal(forward(name), first[name])
-    with ThreadPoolExecutor(4) as pool:
-        shared = merger(method, Dare(0.3))
-        names = list(SHAPES) * 5
-        for name, found in zip(names, pool.map(shared, names), strict=True):
-            assert torch.equal(found, first[name])
 
 
 def test_a_tensor_reads_itself_alone_and_once() -> None:
@@ -211,28 +187,11 @@ def test_statistics_are_those_of_every_delta_or_of_none() -> None:
     assert handed(shown, merger(shown, statistics=known), "x").statistics is None
 
 
-def test_pruned_tensors_are_a_mapping_of_the_same_names() -> None:
-    pruned = Pruned(Counted(DELTAS[0]), Dare(0.5), 3)
-    assert (list(pruned), len(pruned), "w" in pruned, "z" in pruned) == (list(SHAPES), 3, True, False)
-    assert isinstance(pruned.tensors, Counted) and pruned.tensors.reads == []
-    assert torch.equal(pruned["w"], Dare(0.5)(DELTAS[0]["w"], name="w", seed=3))
-
-
 def test_seeds_of_sources_differ_and_the_first_is_the_merges_own() -> None:
     found = [source_seed(seed, k) for seed in range(50) for k in range(20)]
     assert len(set(found)) == len(found)
     assert [source_seed(seed, 0) for seed in (0, 1, 10**12)] == [0, 1, 10**12]
     assert all(0 <= seed < 2**48 for seed in found)
-
-
-def test_masks_of_sources_are_independent() -> None:
-    shown = Shown()
-    whole = {"w": torch.ones(300, 300)}
-    kept = [delta != 0 for delta in handed(shown, merger(shown, Dare(0.5), [whole] * 3)).deltas]
-    for i, one in enumerate(kept):
-        for other in kept[i + 1 :]:
-            # Six standard deviations of a share of 90000 entries.
-            assert abs(float((one & other).double().mean()) - 0.25) < 0.01
 
 
 def test_a_merge_is_called_by_its_pruners_and_its_method() -> None:

@@ -244,14 +244,6 @@ def test_of_a_larger_vocabulary_the_rows_that_both_have_are_known(tmp_path: Path
     assert torch.equal(common[EMBEDDING], every[EMBEDDING][:VOCABULARY])
 
 
-def test_names_of_no_statistic_are_absent() -> None:
-    found = gather("moments", tiny(), [BATCH])
-    assert EMBEDDING not in found
-    assert len(found) == len(list(found))
-    with pytest.raises(KeyError, match="embed_tokens"):
-        found[EMBEDDING]
-
-
 @pytest.mark.parametrize(
     ("statistic", "batches", "message"),
     [

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from delta_analysis.merging.methods import MergeMethod, Parts
-from delta_analysis.merging.task_arithmetic import TaskArithmetic
 from delta_analysis.merging.widen import Widen
 
 Matrix = list[list[float]]
@@ -145,30 +143,6 @@ def test_of_equal_deltas_a_softmax_gives_the_delta(shape: tuple[int, ...], name:
         torch.testing.assert_close(found, delta)
 
 
-def test_at_threshold_zero_all_but_the_least_columns_are_calibrated() -> None:
-    base, deltas = normal(6, 9), [normal(6, 9, seed=k) for k in (1, 2, 3)]
-    found = widen(Widen(threshold=0.0, calibration=0.3), base, deltas)
-    expected = widen(TaskArithmetic(0.3), base, deltas)
-    least = set()
-    for delta in deltas:
-        turned = torch.cosine_similarity(base + delta, base, dim=0)
-        least |= {int(((base + delta).norm(dim=0) - base.norm(dim=0)).abs().argmin()), int(turned.argmax())}
-    others = [j for j in range(9) if j not in least]
-    assert len(others) >= 3
-    torch.testing.assert_close(found[:, others], expected[:, others])
-    assert all(not torch.allclose(found[:, j], expected[:, j]) for j in least)
-
-
-def test_columns_are_merged_alike_wherever_they_stand() -> None:
-    base, deltas = normal(4, 8), [normal(4, 8, seed=k) for k in (1, 2)]
-    for delta in deltas:
-        # Ties: columns that a delta leaves alone.
-        delta[:, torch.randperm(8, generator=torch.Generator().manual_seed(len(delta)))[:4]] = 0.0
-    order = torch.tensor([3, 7, 0, 1, 6, 2, 5, 4])
-    found = widen(Widen(), base[:, order], [delta[:, order] for delta in deltas])
-    torch.testing.assert_close(found, widen(Widen(), base, deltas)[:, order])
-
-
 def test_an_embedding_is_a_weight_turned_round() -> None:
     base, deltas = normal(30, 8), [normal(30, 8, seed=k) for k in (1, 2)]
     found = widen(Widen(), base, deltas, name=EMBEDDING)
@@ -213,22 +187,3 @@ def test_a_matrix_with_nan_becomes_nan() -> None:
     delta = normal(3, 4)
     delta[1, 2] = math.nan
     assert widen(Widen(), normal(3, 4, seed=1), [delta, normal(3, 4, seed=2)]).isnan().all()
-
-
-def test_what_it_is_given_stays_as_it_is() -> None:
-    base, deltas = normal(3, 4), [normal(3, 4, seed=1), normal(3, 4, seed=2)]
-    before = [each.clone() for each in (base, *deltas)]
-    widen(Widen(), base, deltas)
-    assert all(torch.equal(each, old) for each, old in zip((base, *deltas), before, strict=True))
-
-
-def test_parameters_are_checked() -> None:
-    assert (Widen().label, Widen().trim, Widen().statistic) == ("WIDEN", None, "")
-    assert Widen(1, 2, 3) == Widen(1.0, 2.0, 3.0)
-    wrong: dict[str, list[Any]] = {"threshold": [-0.1, math.nan, "1", True], "calibration": [math.inf, math.nan, None]}
-    for name, values in wrong.items():
-        for value in values:
-            with pytest.raises(ValueError, match=f"{name} must be"):
-                Widen(**{name: value})
-    with pytest.raises(ValueError, match="scaling must be a finite number"):
-        Widen(math.inf)

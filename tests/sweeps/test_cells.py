@@ -117,36 +117,6 @@ def test_a_digest_is_of_text_and_so_the_same_in_every_process() -> None:
     assert digest({"b": [1, 2.5, None, "ä"], "a": True}) == hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-@pytest.mark.parametrize(
-    "other",
-    [
-        Dare(0.90000001),
-        Dare(0.9, "none"),
-        Dare(0.9, 10.0),
-        MagPrune(0.9, 0.0),
-        MagPrune(0.9),
-        MagPrune(0.9, 0.1),
-        MagPrune(0.9, 0.1, "tensor"),
-        Edit(Dare(0.9), "linear"),
-    ],
-    ids=repr,
-)
-def test_every_field_of_an_edit_counts(other: object) -> None:
-    assert digest(content(other)) != digest(content(Dare(0.9)))
-
-
-def test_every_question_counts() -> None:
-    questions = ExactMatch((Question("a", "b"), Question("c", "d")))
-    others = [
-        ExactMatch((Question("c", "d"), Question("a", "b"))),
-        ExactMatch((Question("a", "b"), Question("c", "d "))),
-        ExactMatch((Question("ab", ""), Question("c", "d"))),
-        ExactMatch((Question("a", "b"),)),
-        replace(questions, chat_template=True),
-    ]
-    assert len({digest(content(each)) for each in (questions, *others)}) == 6
-
-
 @given(
     st.lists(
         st.fixed_dictionaries(

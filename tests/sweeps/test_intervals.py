@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 
 import numpy as np
@@ -107,25 +106,10 @@ def test_every_seed_and_item_is_drawn_equally_often() -> None:
         assert weights.var(axis=0) == pytest.approx(np.full(n, 1 - 1 / n), rel=0.15)
 
 
-def test_resamples_are_the_same_each_time_and_differ_within() -> None:
-    one, other = (inspect.unwrap(two_way_resamples)(4, 30) for _ in range(2))
-    assert np.array_equal(one.seeds, other.seeds)
-    assert np.array_equal(one.items, other.items)
-    assert len(np.unique(one.items, axis=0)) > 990
-    assert len(one.items) == len(one.seeds) == 1000
-
-
 def test_resampled_means_against_the_reference() -> None:
     outcomes = np.random.default_rng(0).normal(size=(4, 7))
     resamples = two_way_resamples(4, 7, count=50)
     assert resampled_means(outcomes, resamples) == pytest.approx(slow_means(outcomes, resamples), abs=1e-12)
-
-
-def test_means_of_whole_number_outcomes_are_means() -> None:
-    outcomes = np.array([[1, 0, 1], [1, 1, 1]], dtype=np.int8)
-    resamples = two_way_resamples(2, 3, count=20)
-    expected = np.clip(slow_means(outcomes, resamples), 0, 1)
-    assert resampled_means(outcomes, resamples) == pytest.approx(expected, abs=1e-12)
 
 
 def test_means_leave_the_range_of_a_few_outcomes_but_not_that_of_their_kind() -> None:
@@ -171,21 +155,6 @@ def test_blocks_of_neighbours_are_drawn_together(n_seeds: int, n_items: int, blo
     outcomes = -np.random.default_rng(n_items).random(size=(n_seeds, n_items))
     assert resampled_means(outcomes, resamples) == pytest.approx(slow_means(outcomes, resamples), abs=1e-11)
     assert resampled_means(np.full((n_seeds, n_items), 0.3), resamples) == pytest.approx(np.full(30, 0.3))
-
-
-@given(n_items=st.integers(1, 300), block=st.integers(1, 500))
-@settings(deadline=None)
-def test_there_are_at_least_eight_blocks_or_one_an_item(n_items: int, block: int) -> None:
-    assert two_way_resamples(1, n_items, block=block, count=100).items.shape[1] >= min(FEWEST_BLOCKS, n_items)
-
-
-def test_blocks_of_one_are_the_plain_bootstrap() -> None:
-    outcomes = np.random.default_rng(0).normal(size=(3, 90))
-    plain, single = two_way_resamples(3, 90), two_way_resamples(3, 90, block=1)
-    assert np.array_equal(plain.items, single.items)
-    assert np.array_equal(plain.seeds, single.seeds)
-    mean = Metric(lambda x: x, MEAN.kept_share, block=1)
-    assert metric_interval(mean, outcomes) == metric_interval(MEAN, outcomes)
 
 
 def test_spread_of_a_block_bootstrap_is_that_of_the_block_means() -> None:
@@ -274,8 +243,7 @@ def test_perplexity_too_large_for_a_float_is_infinite_and_not_a_warning() -> Non
     assert metric_interval(PERPLEXITY, losses) == (math.inf, math.inf, math.inf)
 
 
-@pytest.mark.parametrize("n_seeds", [1, 2, 3, 5, 7, 20])
-@pytest.mark.parametrize("n_items", [1, 7, 30, 49, 200, 1000])
+@pytest.mark.parametrize(("n_seeds", "n_items"), [(1, 1), (2, 1000), (3, 49), (5, 30), (7, 200), (20, 7)])
 def test_accuracy_never_passes_one(n_seeds: int, n_items: int) -> None:
     # Weights such as 3/49 do not add up to 1 exactly; a low end of 1.0000000000000007 would exclude the value.
     assert metric_interval(MEAN, np.ones((n_seeds, n_items))) == (1.0, 1.0, 1.0)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from delta_analysis.checkpoints.provenance import versions
 from delta_analysis.pruning import Dare
-from delta_analysis.sweeps import pairs as editable
 from delta_analysis.sweeps.cells import SCHEMA, CellStore
-from delta_analysis.sweeps.intervals import MEAN, PERPLEXITY, metric_interval
 from delta_analysis.sweeps.jobs import Job, run_job
-from delta_analysis.sweeps.pairs import Edit, EditablePair, Pair
+from delta_analysis.sweeps.pairs import Edit
 from tests.tiny_family import NORM, UP, Fails, Family, Judge, Reads, flat, make_family
 
 
@@ -54,24 +51,6 @@ def job_of(family: Family, tmp_path: Path) -> Callable[..., Job]:
         return Job(family.pair(), edit, seed, hashes, "cpu", cells, named)  # type: ignore[arg-type]
 
     return job
-
-
-def test_each_cell_has_a_row_a_metric_with_its_interval(job_of: Callable[..., Job], family: Family) -> None:
-    evaluations = (Reads((NORM, UP)), Reads((UP,), "perplexity"))
-    job = job_of(*evaluations, edit=Edit(Dare(0.5), "mlp"))
-    found = run_job(job)
-    assert list(found) == ["key 0", "key 1"]
-    up = family.base_weights[UP] + Dare(0.5)(family.delta[UP], name=UP, seed=3)
-    weights = family.finetuned_weights | {UP: up}
-    for rows, names, metric in zip(found.values(), [(NORM, UP), (UP,)], [MEAN, PERPLEXITY], strict=True):
-        (row,) = rows
-        expected = flat(weights, *names)
-        assert row["outcomes"] == expected.tolist()
-        assert (row["value"], row["low"], row["high"]) == metric_interval(metric, expected[None])
-        # All matrices of the layer's MLP are in scope, the norm is not.
-        assert row["achieved_drop_rate"] == pytest.approx(0.5, abs=0.1)
-        assert row["seconds"] > 0
-    assert [rows[0]["metric"] for rows in found.values()] == ["accuracy", "perplexity"]
 
 
 def test_a_row_says_where_it_comes_from(job_of: Callable[..., Job], family: Family) -> None:
@@ -112,12 +91,6 @@ def test_a_cell_that_cannot_be_written_fails_alone(job_of: Callable[..., Job]) -
     assert "error" not in good[0]
 
 
-def test_without_an_edit_the_model_is_untouched(job_of: Callable[..., Job], family: Family) -> None:
-    (row,) = run_job(job_of(Reads((UP,))))["key 0"]
-    assert row["outcomes"] == flat(family.finetuned_weights, UP).tolist()
-    assert row["achieved_drop_rate"] == 0
-
-
 @pytest.mark.parametrize("outcomes", [(True, False), (1, 0), (1.0, 0.0)])
 def test_outcomes_are_floats(job_of: Callable[..., Job], family: Family, outcomes: tuple[object, ...]) -> None:
     (row,) = run_job(job_of(Gives(outcomes)))["key 0"]
@@ -143,42 +116,3 @@ def test_one_that_fails_leaves_the_others(job_of: Callable[..., Job], family: Fa
     assert first[0]["cell"] == reads[0]["cell"]
     (untouched,) = run_job(job_of(Reads((UP,))))["key 0"]
     assert untouched["outcomes"] == flat(family.finetuned_weights, UP).tolist()
-
-
-@pytest.mark.parametrize(
-    ("edit", "error"),
-    [(Edit(Dare(0.5), "nothing"), "ValueError: scope 'nothing' selects none"), (None, "CheckpointError: ")],
-)
-def test_an_edit_or_a_pair_that_fails_is_the_error_of_all_its_cells(
-    job_of: Callable[..., Job], family: Family, edit: Edit | None, error: str
-) -> None:
-    job = job_of(Reads(), Reads((UP,)), edit=edit)
-    if edit is None:
-        job = replace(job, pair=Pair("lost", str(family.base), "zoo:small/lost"), hashes=("", "lost"))
-    found = run_job(job)
-    assert list(found) == ["key 0", "key 1"]
-    assert all(row["error"].startswith(error) for rows in found.values() for row in rows)
-
-
-def test_jobs_of_a_pair_load_it_once(
-    job_of: Callable[..., Job], family: Family, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    loaded: list[str] = []
-    load = EditablePair.load
-
-    def counted(pair: Pair, device: str = "cpu") -> EditablePair:
-        loaded.append(pair.name)
-        return load(pair, device)
-
-    monkeypatch.setattr(editable, "_held", {})
-    monkeypatch.setattr(EditablePair, "load", counted)
-    for seed in range(3):
-        run_job(job_of(Reads(), edit=Edit(Dare(0.5)), seed=seed))
-    assert loaded == ["base → tuned"]
-
-
-def test_a_job_and_what_it_gives_can_be_pickled(job_of: Callable[..., Job], family: Family) -> None:
-    job = job_of(Reads(), edit=Edit(Dare(0.5)))
-    assert pickle.loads(pickle.dumps(job)) == job
-    found = run_job(job)
-    assert pickle.loads(pickle.dumps(found)) == found

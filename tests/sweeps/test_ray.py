@@ -118,10 +118,6 @@ def test_calls_run_in_two_workers_at_once(executor: RayExecutor, tmp_path: Path)
     assert os.getpid() not in pids
 
 
-def test_map_keeps_the_order(executor: RayExecutor) -> None:
-    assert list(executor.map(double, range(20))) == list(range(0, 40, 2))
-
-
 def test_as_completed_gives_the_first_that_is_ready(executor: RayExecutor, tmp_path: Path) -> None:
     last = executor.submit(wait_and_double, tmp_path / "go", 1)
     first = executor.submit(double, 2)
@@ -219,16 +215,6 @@ def test_a_sweep_loses_a_worker_and_nothing_else(executor: RayExecutor, tmp_path
     expected = run("here", None)
     pd.testing.assert_frame_equal(without_seconds(table), without_seconds(expected))
     assert table["error"].isna().all()
-
-
-def test_a_killed_worker_loses_no_result(executor: RayExecutor, tmp_path: Path) -> None:
-    begun = tmp_path / "begun"
-    hurt = executor.submit(killed_the_first_time, begun, 1)
-    others = [executor.submit(double, number) for number in range(10)]
-    wait_for(begun)
-    os.kill(int(begun.read_text()), signal.SIGKILL)
-    assert hurt.result() == 2
-    assert [each.result() for each in others] == list(range(0, 20, 2))
 
 
 def test_a_worker_that_dies_too_often_is_an_error(cluster: None, tmp_path: Path) -> None:

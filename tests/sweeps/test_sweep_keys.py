@@ -17,7 +17,6 @@ from peft import LoraConfig, get_peft_model
 
 from delta_analysis.checkpoints.checkpoint import open_checkpoint
 from delta_analysis.checkpoints.provenance import content_hash
-from delta_analysis.evaluation import ExactMatch, Question
 from delta_analysis.evaluation.models import load_model
 from delta_analysis.pruning import Dare, Magnitude, MagPrune
 from delta_analysis.sweeps.engine import sweep
@@ -85,15 +84,6 @@ def test_nor_is_the_place_of_a_checkpoint(family: Family, logs: Logs, tmp_path: 
     (moved[0] / "chat_template.jinja").write_text("{{ messages }}")
     sweep([Pair("moved", *map(str, moved))], [Dare(0.5)], [logs], [0], tmp_path / "out")
     assert calls(logs) == 1
-
-
-def test_how_many_questions_are_read_together_is_no_part_of_a_cell(family: Family, tmp_path: Path) -> None:
-    questions = tuple(Question(f"{i}+1=", f"{i + 1}\n") for i in range(5))
-    tables = [
-        sweep([family.pair()], [Dare(0.5)], [ExactMatch(questions, batch_size=size)], [0], tmp_path) for size in (1, 20)
-    ]
-    pd.testing.assert_frame_equal(*tables)
-    assert len(cells_of(tmp_path)) == 1
 
 
 def test_what_a_training_left_beside_the_weights_is_no_part_of_a_cell(

@@ -181,14 +181,6 @@ def test_two_processes_share_a_folder(
     assert len(list((tmp_path / "out" / "cells").iterdir())) == N_CELLS
 
 
-def test_two_threads_share_a_folder(family: Family, evaluation: Logs, whole: pd.DataFrame, tmp_path: Path) -> None:
-    with ThreadPoolExecutor(2) as callers:
-        tables = list(callers.map(lambda name: run(family.pair(name), evaluation, tmp_path / "out"), ["a", "b"]))
-    for name, table in zip("ab", tables, strict=True):
-        pd.testing.assert_frame_equal(without_seconds(table), without_seconds(whole.assign(pair=name)))
-    assert len(list((tmp_path / "out" / "cells").iterdir())) == N_CELLS
-
-
 def test_a_pool_of_processes_gives_the_same_table(family: Family, tmp_path: Path, processes: ForkServerContext) -> None:
     asked = ([family.pair()], [Dare(0), Dare(0.5), Edit(Magnitude(0.5), "mlp")], [Reads((UP,))], [0, 1])
     with ProcessPoolExecutor(2, processes) as pool:

@@ -23,11 +23,10 @@ from delta_analysis.evaluation import Classification, ExactMatch, Kind, Labelled
 from delta_analysis.pruning import Dare, Magnitude, MagPrune, Pruner
 from delta_analysis.sweeps import pairs as editable
 from delta_analysis.sweeps.engine import Evaluations, SweepError, sweep
-from delta_analysis.sweeps.intervals import MEAN, PERPLEXITY, Interval, Metric, inverse_logit, logit
+from delta_analysis.sweeps.intervals import MEAN, PERPLEXITY, Metric, inverse_logit, logit
 from delta_analysis.sweeps.pairs import Edit, EditablePair, Pair
 from delta_analysis.sweeps.tolerance import (
     HIGHEST,
-    KEPT_SHARE,
     LOWEST,
     RESOLUTION,
     Floor,
@@ -43,12 +42,6 @@ from delta_analysis.zoo.tokenizer import character_tokenizer
 from tests.tiny_family import EMBED, Fails, Judge, without_seconds
 
 Outcomes = dict[float, np.ndarray]
-
-
-def test_the_constants_are_those_of_the_definition() -> None:
-    assert KEPT_SHARE == 0.95
-    assert (LOWEST, scipy_logit(HIGHEST)) == pytest.approx((0.001, 10))
-    assert 0 < RESOLUTION <= 0.25
 
 
 @pytest.mark.parametrize("p", [0.001, 0.2, 0.5, 0.9, 0.999])
@@ -167,10 +160,6 @@ def test_chance_is_what_the_most_frequent_label_is_worth() -> None:
     assert chance_of(ExactMatch((Question("1+1=", "2"),))) == 0
 
 
-def test_perplexity_of_a_perfect_model_is_no_error() -> None:
-    assert kept_shares(PERPLEXITY, {0.0: np.zeros((1, 3))}) == {0.0: 1.0}
-
-
 def bisect(metric: Metric, outcomes: Outcomes, judge: Callable[[float], np.ndarray]) -> list[float]:
     """Evaluate whatever is asked for until nothing is; the rates in the order asked."""
     asked: list[float] = []
@@ -285,20 +274,6 @@ def test_model_whose_loss_is_not_a_number_is_broken() -> None:
     assert rate is not None
     assert 0.3 < rate < 0.5
     assert tolerated_interval(PERPLEXITY, losses).value <= 0.5
-
-
-def test_interval_widens_with_the_noise_of_seeds() -> None:
-    rng = np.random.default_rng(0)
-    rates = [0.1, 0.3, 0.5, 0.7, 0.9]
-
-    def width(spread: float) -> float:
-        limits = scipy_logit(0.5) + spread * rng.normal(size=(8, 1)) + rng.normal(size=(1, 100)) * 0.1
-        outcomes = {rate: (scipy_logit(rate) < limits).astype(float) for rate in rates}
-        interval = tolerated_interval(MEAN, {0.0: np.ones((1, 100)), **outcomes})
-        assert interval.low <= interval.value <= interval.high
-        return logit(interval.high) - logit(interval.low)
-
-    assert width(0.0) < width(1.0)
 
 
 @pytest.mark.parametrize(
@@ -649,11 +624,6 @@ def test_difference_turned_round_changes_its_sign(one: pd.Series, other: pd.Seri
     widths = [logit(each["high"]) - logit(each["low"]) for each in (one, other)]
     assert max(widths) - 1e-9 <= high - low + 1e-9
     assert high - low <= sum(widths) + 1e-9
-
-
-def test_difference_of_points_is_a_point() -> None:
-    assert tolerance_difference(row(1, 1, 1), row(-2, -2, -2)) == pytest.approx((3, 3, 3))
-    assert isinstance(tolerance_difference(row(1, 1, 1), row(1, 1, 1)), Interval)
 
 
 def test_difference_covers_that_of_two_normal_measurements() -> None:
