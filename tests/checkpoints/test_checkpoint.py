@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from delta_analysis._errors import CheckpointError
 from delta_analysis.checkpoints import paths
-from delta_analysis.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from delta_analysis.checkpoints.checkpoint import COMPARED_AT_ONCE, Checkpoint, open_checkpoint
 from delta_analysis.checkpoints.folders import LAYOUTS
 from delta_analysis.checkpoints.tensors import InFile
 from tests.conftest import SaveCheckpoint
@@ -184,6 +184,8 @@ def test_a_head_is_tied_only_if_config_says_so_and_embeddings_are_there(
     assert set(open_checkpoint(save_checkpoint("tied", both, config=tied))) == {embedding}
     assert set(open_checkpoint(save_checkpoint("untied", both, config=untied))) == set(both)
     assert set(open_checkpoint(save_checkpoint("no config", both))) == set(both)
+    # GPT-2's own file says nothing of it, and its head is tied.
+    assert set(open_checkpoint(save_checkpoint("silent", both, config={"model_type": "gpt2"}))) == {embedding}
     assert set(open_checkpoint(save_checkpoint("head only", head, config=tied))) == set(head)
 
 
@@ -194,6 +196,16 @@ def test_a_head_that_differs_from_the_embeddings_is_read_as_transformers_reads_i
     save_file(stored, tmp_path / "model.safetensors", metadata={"format": "pt"})
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert set(open_checkpoint(tmp_path)) == {name for name, _ in loaded.named_parameters()}
+
+
+def test_a_head_that_differs_in_its_last_entries_is_no_tied_one(save_checkpoint: SaveCheckpoint) -> None:
+    embedding = torch.ones(3, COMPARED_AT_ONCE // 2)
+    head = embedding.clone()
+    both = {"model.embed_tokens.weight": embedding, "lm_head.weight": head}
+    for changed, names in ((0.0, {"model.embed_tokens.weight"}), (1.0, set(both))):
+        head[-1, -1] += changed
+        folder = save_checkpoint(f"changed by {changed}", both, config={"tie_word_embeddings": True})
+        assert set(open_checkpoint(folder)) == names
 
 
 def test_integer_buffers_are_skipped_with_a_reason(save_checkpoint: SaveCheckpoint) -> None:

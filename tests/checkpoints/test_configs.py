@@ -51,6 +51,11 @@ def test_a_configuration_differs_from_itself_in_nothing(config: PreTrainedConfig
             {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
             {"rope scaling": ("none", "factor 4, rope_type linear")},
         ),
+        (
+            LlamaConfig,
+            {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+            {"rope scaling": ("none", "factor 2, rope_type dynamic")},
+        ),
         (BertConfig, {"layer_norm_eps": 1e-5}, {"norm epsilon": ("1e-12", "1e-05")}),
         (GPT2Config, {"activation_function": "relu"}, {"activation": ("gelu_new", "relu")}),
         (

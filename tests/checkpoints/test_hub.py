@@ -11,11 +11,14 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pytest
+import torch
 from huggingface_hub import close_session, constants
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save
 
 from delta_analysis._errors import CheckpointError
+from delta_analysis.checkpoints.checkpoint import open_checkpoint, tokenizer_folder
 from delta_analysis.checkpoints.hub import HubId, fetch_tokenizer, fetch_weights, parse_hub_id
 
 REPO = "org/name"
@@ -300,6 +303,17 @@ def test_the_tokenizer_goes_to_the_same_snapshot(hub: FakeHub) -> None:
     assert fetch_tokenizer(HubId(REPO, folder.name)) == folder
     assert hub.fetched() == sorted(TOKENIZER)
     assert names_in(folder) == sorted(["config.json", "model.safetensors", *TOKENIZER])
+
+
+def test_the_tokenizer_of_a_checkpoint_is_of_the_commit_of_its_weights(hub: FakeHub) -> None:
+    hub.hold("config.json", *TOKENIZER)
+    hub.files |= {"config.json": b"{}", "model.safetensors": save({"w": torch.ones(2)})}
+    checkpoint = open_checkpoint(REPO)
+    # The branch moves on between the two.
+    hub.revisions["main"] = 40 * "d"
+    folder = tokenizer_folder(checkpoint)
+    assert folder == checkpoint.path
+    assert {*TOKENIZER, "model.safetensors"} <= set(names_in(folder))
 
 
 def test_a_tokenizer_alone_brings_no_weights(hub: FakeHub) -> None:
