@@ -103,7 +103,7 @@ def _first_line(text: str) -> str:
 def finetuned_model(
     delta: Delta, device: str = "cpu", dtype: str = "float32"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The fine-tuned model of a delta, loaded, or for an adapter made of its base; and the tokenizer."""
+    """The fine-tuned model of a delta, with its edits, and the tokenizer; that of an adapter is made of its base."""
     apart = delta.base if delta.finetuned.is_delta else None
     whole = apart or delta.finetuned
     model = load_model(whole, device, dtype)
@@ -112,9 +112,9 @@ def finetuned_model(
         # A classifier finds the end of a padded text by it.
         model.config.pad_token_id = tokenizer.pad_token_id
     _untie_head(model, delta)
-    if apart is not None:
-        read = ((name, delta.read(name)) for name in delta.select())
-        _write(model, ((name, base + tensor) for name, (tensor, base) in read if base is not None))
+    if apart is not None or delta.edits:
+        read = ((name, *delta.read(name)) for name in delta.select())
+        _write(model, ((name, tensor if base is None else base + tensor) for name, tensor, base in read))
     return model, tokenizer
 
 

@@ -121,6 +121,7 @@ def delta_noise(
     *,
     pruners: Sequence[Pruner] = (Dare(0.5),),
     scope: str | None = None,
+    of_finetuned: bool = True,
     seed: int = 0,
     most_tokens: int = MOST_TOKENS,
     device: str = "cpu",
@@ -128,7 +129,8 @@ def delta_noise(
 ) -> pd.DataFrame:
     """The table of `layer_noise` for a delta, or for those of its tensors that an edit of a scope reaches.
 
-    The delta may be edited: inputs, and the output that noise is compared with, are those of the fine-tune as it is.
+    The delta may be edited: inputs, and the output that noise is compared with, are those of the fine-tune as it is
+    if `of_finetuned`, else of the model that the edits make.
     """
     if not isinstance(pruners, Sequence) or not pruners or not all(callable(each) for each in pruners):
         raise ValueError(f"pruners must be a list of at least one, such as [Dare(0.9)]; not {pruners!r}")
@@ -140,7 +142,7 @@ def delta_noise(
         found = [(_Use(name, "", "", torch.nn.Module()), _without_inputs(part, name, ready)) for name in part]
     else:
         check_texts(tuple(inputs), most_tokens)
-        model, tokenizer = finetuned_model(replace(delta, edits=()), device, dtype)
+        model, tokenizer = finetuned_model(replace(delta, edits=()) if of_finetuned else delta, device, dtype)
         batches = token_batches(tuple(inputs), model, tokenizer, most_tokens=most_tokens)
         found = _over_batches(part, model, batches, ready)
     return pd.DataFrame([row for use, energies in found for row in _rows(use, part, energies, pruners)])

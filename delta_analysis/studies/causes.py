@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -13,15 +12,10 @@ import torch
 
 from delta_analysis._errors import one_of
 from delta_analysis._kernels import stream_key
-from delta_analysis.checkpoints import content_hash, open_checkpoint, resolve
-from delta_analysis.deltas import load_delta, save_checkpoint
 from delta_analysis.pruning import Change, Dare, checked_drop_rate
 from delta_analysis.sweeps import (
     CONFIDENCE,
     Interval,
-    Pair,
-    content,
-    digest,
     inverse_logit,
     kept_shares,
     logit,
@@ -232,42 +226,3 @@ def between(found: Interval, low: float, high: float) -> str:
     if low <= found.low and found.high <= high:
         return "holds"
     return "refuted" if found.high < low or found.low > high else "cannot tell"
-
-
-def derived_pair(pair: Pair, change: Change, out_dir: str | Path) -> Pair:
-    """A pair whose fine-tune is base plus the changed delta, so that it can be judged against itself.
-
-    It is written in float32 into a folder below `out_dir` named by the files' hashes and the change,
-    and used again if it is there. What is drawn is drawn under seed 0.
-
-    Parameters
-    ----------
-    pair : with a base.
-    change : such as `Scaled(2.0)`.
-    out_dir : a folder, made if it is not there; of a relative path one below the repository.
-
-    Returns
-    -------
-    Pair of the same base, named after both.
-
-    Raises
-    ------
-    ValueError
-        A pair without a base.
-
-    Examples
-    --------
-    >>> import tempfile
-    >>> from delta_analysis.pruning.transforms import Scaled
-    >>> pair = Pair("base → instruct", "zoo:tiny/base", "zoo:tiny/instruct")
-    >>> derived_pair(pair, Scaled(2.0), tempfile.mkdtemp()).name
-    'base → instruct, size × 2'
-    """
-    if pair.base is None:
-        raise ValueError(f"pair {pair.name!r} has no base, so no delta that could be changed")
-    described = [content_hash(pair.base), content_hash(pair.finetuned), content(change)]
-    folder = resolve(out_dir) / "derived" / digest(described)
-    if not folder.exists():
-        delta = load_delta(base=pair.base, finetuned=pair.finetuned).pruned(change, seed=0)
-        save_checkpoint(open_checkpoint(pair.base), delta, folder, dtype="float32")
-    return Pair(f"{pair.name}, {change.label}", pair.base, str(folder))

@@ -238,7 +238,7 @@ def _canonical(edit: Edit, seed: int) -> tuple[Edit | None, int]:
     """The same for all edits that do the same: nothing at drop rate 0, everything dropped at 1."""
     pruner = edit.pruner
     if pruner.drop_rate == 0 and isinstance(pruner.rescale, str):
-        return None, 0
+        return (None if edit.change is None else replace(edit, pruner=Dare(0.0))), 0
     return (Edit(Dare(1.0), edit.scope), 0) if pruner.drop_rate == 1 else (edit, seed)
 
 
@@ -307,7 +307,7 @@ def _table(asked: Sequence[Cell], hashes: Hashes, found: Sequence[list[Row]]) ->
         pruner = cell.edit.pruner
         labels = {
             "pair": cell.pair.name,
-            "method": pruner.method,
+            "method": cell.edit.method,
             "drop_rate": float(pruner.drop_rate),
             "rescale": str(pruner.rescale),
             "scope": cell.edit.scope,

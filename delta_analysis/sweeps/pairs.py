@@ -20,7 +20,7 @@ from delta_analysis.evaluation import (
     finetuned_model,
     parameters_of,
 )
-from delta_analysis.pruning import Pruner, bind
+from delta_analysis.pruning import Change, Pruner, bind
 
 HELD_BYTES = 2**30
 """Pairs that together are no larger stay in memory for the next sweep."""
@@ -50,17 +50,24 @@ class Pair:
 
 @dataclass(frozen=True)
 class Edit:
-    """A pruner and the tensors that it is applied to.
+    """A pruner, the tensors that it is applied to, and what is made of them before.
 
     Attributes
     ----------
     pruner : such as `Dare(0.9)`.
     scope : which tensors; `all` by default, else as `Delta.select` takes it: `linear`, `attention`,
         `mlp`, `embeddings`, `norms`, glob patterns, several with commas between.
+    change : such as `Scaled(2.0)`, made of the delta's tensors before they are pruned, under seed 0.
     """
 
     pruner: Pruner
     scope: str = "all"
+    change: Change | None = None
+
+    @property
+    def method(self) -> str:
+        """What tables and figures call it."""
+        return self.pruner.method if self.change is None else f"{self.change.label}, {self.pruner.method}"
 
 
 class Edited(NamedTuple):
@@ -119,6 +126,9 @@ class EditablePair:
         with self._lock:
             model = self._copies.pop() if self._copies else copy.deepcopy(self.model)
         before = sum(self.nonzero[name] for name in scoped)
+        if edit is not None and edit.change is not None:
+            scoped = {name: edit.change(tensor, name=name, seed=0) for name, tensor in scoped.items()}
+            before = sum(int(torch.count_nonzero(tensor)) for tensor in scoped.values())
         left = 0
 
         def weights(pruner: Pruner) -> Iterator[tuple[str, torch.Tensor]]:

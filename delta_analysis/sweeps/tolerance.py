@@ -166,7 +166,7 @@ def _tolerance(
     left = float(metric.value(floor.outcomes.mean()))
     return {
         "pair": pair.name,
-        "method": edit.pruner.method,
+        "method": edit.method,
         "scope": edit.scope,
         **dict(zip(("tolerated", "low", "high"), found, strict=True)),
         "reading": reading(found.value),

@@ -42,6 +42,7 @@ from delta_analysis.evaluation.models import finetuned_model, load_model
 from delta_analysis.prediction.layer_inputs import Matrix
 from delta_analysis.prediction.layers import ReadyPruners, _measured, delta_noise, layer_noise
 from delta_analysis.pruning import Pruner
+from delta_analysis.pruning.transforms import Scaled
 from delta_analysis.zoo.tokenizer import character_tokenizer
 from tests.tiny_family import EMBED, NORM, UP, Family, make_family
 
@@ -571,6 +572,13 @@ def test_an_edited_delta_meets_the_inputs_of_the_finetune() -> None:
     (row,) = kept[kept["tensor"] == name].to_dict("records")
     assert row["signal"] == pytest.approx(float(energy), rel=1e-4)
     assert row["error"] == pytest.approx(row["signal"])
+
+
+def test_a_model_of_an_edited_delta_has_its_own_inputs(tmp_path: Path) -> None:
+    delta = load_delta(base=PAIR[0], finetuned=PAIR[1]).pruned(Scaled(2.0), seed=0)
+    da.save_checkpoint(open_checkpoint(PAIR[0]), delta, tmp_path / "edited", dtype="float32")
+    expected = layer_noise(PAIR[0], tmp_path / "edited", TEXTS)
+    pd.testing.assert_frame_equal(delta_noise(delta, TEXTS, of_finetuned=False), expected, rtol=1e-4)
 
 
 def test_a_grown_vocabulary_counts_in_the_rows_that_both_have(family: Family, tmp_path: Path) -> None:

@@ -19,12 +19,14 @@ from delta_analysis._errors import CheckpointError
 from delta_analysis.checkpoints.checkpoint import open_checkpoint
 from delta_analysis.deltas.delta import load_delta
 from delta_analysis.deltas.selection import in_scope
-from delta_analysis.evaluation.models import finetuned_model, load_model
+from delta_analysis.evaluation.models import finetuned_model, load_model, parameters_of
 from delta_analysis.pruning import Dare, Magnitude, MagPrune, Pruner, bind
+from delta_analysis.pruning.transforms import Permuted, Scaled
 from delta_analysis.sweeps import pairs as editable
+from delta_analysis.sweeps.engine import sweep
 from delta_analysis.sweeps.pairs import Edit, EditablePair, Pair, edited_source, held_pair, release_pairs
 from delta_analysis.zoo.tokenizer import character_tokenizer
-from tests.tiny_family import EMBED, NORM, QUERY, UP, Family, Judge, make_family
+from tests.tiny_family import EMBED, NORM, QUERY, UP, Family, Judge, Reads, make_family
 
 Weights = dict[str, torch.Tensor]
 
@@ -419,3 +421,32 @@ def test_a_known_pair_stands_for_its_two_sources() -> None:
     assert Pair("a", named, named) == Pair("a", *sources)
     assert Pair("a", None, named) == Pair("a", None, sources[1])
     assert Pair("a", "base", named) == Pair("a", "base", sources[1])
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize("scope", ["all", "mlp"])
+def test_a_change_is_made_before_the_pruner(family: Family, loaded: EditablePair, rate: float, scope: str) -> None:
+    for change in (Scaled(3.0), Permuted()):
+        with loaded.edited(Edit(Dare(rate), scope, change), seed=5) as edited:
+            found = {name: weight.detach().clone() for name, weight in parameters_of(edited.model).items()}
+        for name in in_scope(scope, {name: tensor.dim() for name, tensor in family.delta.items()}):
+            pruned = Dare(rate)(change(family.delta[name], name=name, seed=0), name=name, seed=5)
+            assert torch.equal(found[name], family.base_weights[name] + pruned), (change, name)
+
+
+def test_an_edited_delta_has_a_model(family: Family) -> None:
+    delta = load_delta(base=family.base, finetuned=family.finetuned)
+    model, _ = finetuned_model(delta.pruned(Scaled(3.0), seed=0))
+    for name, weight in parameters_of(model).items():
+        if name in family.delta:
+            assert torch.equal(weight.detach(), family.base_weights[name] + 3 * family.delta[name])
+
+
+def test_cells_of_changed_deltas_are_kept_apart(family: Family, tmp_path: Path) -> None:
+    edits = [Edit(Dare(0.0)), Edit(Dare(0.0), change=Scaled(3.0)), Edit(Dare(0.0), change=Scaled(3.001))]
+    table = sweep([family.pair()], [*edits, Edit(Dare(1.0), change=Scaled(3.0))], [Reads((UP,))], [0, 1], tmp_path)
+    outcomes = [np.array(values) for values in table["outcomes"]]
+    start, delta = (weights[UP].numpy().ravel() for weights in (family.base_weights, family.delta))
+    expected = [start + delta, start + 3 * delta, start + np.float32(3.001) * delta, start]
+    np.testing.assert_allclose(outcomes, expected, rtol=1e-6)
+    assert table["method"].tolist() == ["DARE", "size × 3, DARE", "size × 3, DARE", "size × 3, DARE"]

@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import delta_analysis as da
-from delta_analysis.checkpoints.provenance import file_hashes
 from delta_analysis.pruning.transforms import Change, Clipped, Permuted, Scaled, SignsRedrawn, Topless, largest
-from delta_analysis.studies.causes import derived_pair
-from delta_analysis.sweeps.pairs import Pair
-from tests.tiny_family import Family, make_family
 
 CHANGES: tuple[Change, ...] = (Scaled(2.0), Clipped(0.2), Topless(0.2), Permuted(), SignsRedrawn())
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -192,115 +182,3 @@ def test_labels_tell_changes_apart() -> None:
     assert Scaled(0.05).label == "size × 0.05"
     assert Clipped(0.001).label == "largest 0.1% clipped"
     assert Topless(0.01).label == "largest 1% spared"
-
-
-# Models made of changed deltas.
-
-
-@pytest.fixture(scope="module")
-def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
-    return make_family(tmp_path_factory.mktemp("family"))
-
-
-@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.label)
-def test_a_derived_model_is_base_plus_the_changed_delta(family: Family, change: Change, tmp_path: Path) -> None:
-    pair = derived_pair(family.pair(), change, tmp_path / "out")
-    assert pair == Pair(f"base → tuned, {change.label}", str(family.base), pair.finetuned)
-    written = load_file(Path(pair.finetuned) / "model.safetensors")
-    assert written.keys() == family.delta.keys()
-    for name, tensor in family.delta.items():
-        expected = family.base_weights[name] + change(tensor, name=name, seed=0)
-        assert written[name].dtype == torch.float32
-        assert torch.equal(written[name], expected), name
-    if isinstance(change, Scaled | Permuted):
-        # What is small beside the base is rounded as the sum is; here everything lies on one grid.
-        delta = da.load_delta(base=pair.base, finetuned=pair.finetuned)
-        for name, tensor in family.delta.items():
-            assert torch.equal(delta[name], change(tensor, name=name, seed=0)), name
-
-
-def test_transformers_loads_a_derived_model(family: Family, tmp_path: Path) -> None:
-    pair = derived_pair(family.pair(), Scaled(3.0), tmp_path)
-    model = AutoModelForCausalLM.from_pretrained(pair.finetuned)
-    for name, parameter in model.named_parameters():
-        assert torch.equal(parameter.detach(), family.base_weights[name] + 3 * family.delta[name]), name
-    words = [AutoTokenizer.from_pretrained(each)("two words")["input_ids"] for each in (family.base, pair.finetuned)]
-    assert words[0] == words[1]
-
-
-def test_it_is_written_once_and_used_again(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pair = derived_pair(family.pair(), Permuted(), tmp_path)
-    file = Path(pair.finetuned) / "model.safetensors"
-    written = file.stat().st_mtime_ns, file.stat().st_ino
-    # Files in another place under another pair's name are the same content.
-    moved = Pair("other", str(shutil.copytree(family.base, tmp_path / "b")), str(family.finetuned))
-    with monkeypatch.context() as context:
-        context.setattr("delta_analysis.studies.causes.save_checkpoint", None)
-        assert derived_pair(family.pair(), Permuted(), tmp_path) == pair
-        assert derived_pair(moved, Permuted(), tmp_path).finetuned == pair.finetuned
-    assert (file.stat().st_mtime_ns, file.stat().st_ino) == written
-
-
-def test_each_change_of_each_pair_has_a_folder_of_its_own(family: Family, tmp_path: Path) -> None:
-    sides = str(family.base), str(family.finetuned)
-    found = [
-        derived_pair(Pair("one", base, finetuned), change, tmp_path).finetuned
-        for base in sides
-        for finetuned in sides
-        # The labels of the first two are equal.
-        for change in (Scaled(2.0), Scaled(2.001), Clipped(0.2), Topless(0.2))
-    ]
-    assert len(set(found)) == len(found)
-
-
-def test_nothing_is_written_outside_of_out_dir(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = {source: file_hashes(str(source)) for source in (family.base, family.finetuned)}
-    listed = sorted(family.base.parent.rglob("*"))
-    monkeypatch.chdir(tmp_path)
-    pair = derived_pair(family.pair(), SignsRedrawn(), tmp_path / "out")
-    (folder,) = (tmp_path / "out" / "derived").iterdir()
-    assert Path(pair.finetuned) == folder
-    assert [each.name for each in tmp_path.iterdir()] == ["out"]
-    assert {source: file_hashes(str(source)) for source in before} == before
-    assert sorted(family.base.parent.rglob("*")) == listed
-
-
-@dataclass(frozen=True)
-class Doubles:
-    """Doubles, and is stopped at the last tensor while a file is there."""
-
-    file: str
-    label: str = "doubled"
-
-    def __call__(self, tensor: torch.Tensor, *, name: str, seed: int) -> torch.Tensor:
-        if name == "model.norm.weight" and Path(self.file).exists():
-            raise KeyboardInterrupt
-        return 2 * tensor
-
-
-@pytest.mark.parametrize("left_behind", [False, True], ids=["interrupted", "killed"])
-def test_a_half_written_folder_does_not_count(
-    family: Family, tmp_path: Path, left_behind: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stop, out = tmp_path / "stop", tmp_path / "out"
-    stop.touch()
-    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
-        if left_behind:
-            # A process that is killed clears nothing away.
-            context.setattr("delta_analysis.checkpoints.paths.shutil.rmtree", lambda *args, **kwargs: None)
-        derived_pair(family.pair(), Doubles(str(stop)), out)
-    left = list((out / "derived").iterdir())
-    assert len(left) == left_behind
-    assert all(each.suffix == ".partial" for each in left)
-    stop.unlink()
-    pair = derived_pair(family.pair(), Doubles(str(stop)), out)
-    assert Path(pair.finetuned) not in left
-    written = load_file(Path(pair.finetuned) / "model.safetensors")
-    for name, tensor in family.delta.items():
-        assert torch.equal(written[name], family.base_weights[name] + 2 * tensor), name
-
-
-def test_without_a_base_there_is_no_delta(family: Family, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="pair 'alone' has no base, so no delta that could be changed"):
-        derived_pair(Pair("alone", None, str(family.finetuned)), Scaled(2.0), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
