@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -20,29 +18,17 @@ import delta_analysis as da
 from delta_analysis import plots
 from delta_analysis._kernels.philox import random_bits
 from delta_analysis.prediction.layers import delta_noise
-from delta_analysis.pruning import Dare, MagPrune, Pruner, bind
+from delta_analysis.pruning import Dare, MagPrune, bind
 from delta_analysis.pruning.moments import Law, Lawful
 from delta_analysis.pruning.proportional import KeepInProportion, Proportional, find_scale
 from delta_analysis.sweeps import Edit
+from tests.pruning.reference import DTYPES, RATE, SIGMAS, normal
 from tests.tiny_family import NORM, QUERY, UP, Reads, make_family
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-SHAPES = [(), (1,), (7,), (3, 5), (2, 3, 4), (0,), (3, 0, 2)]
 BUCKET = 1 / 512
 """How much of the bucket in which probabilities reach 1 may be dropped beyond the drop rate."""
 ROUNDED = 1e-9
 """Relative, of a scale of ten digits."""
-SIGMAS = 6
-"""Width of the statistical bounds: a right operator fails one with probability 2e-9."""
-RATE = st.one_of(st.sampled_from([0.0, 1e-300, 2.0**-53, 1e-6, 0.5, 0.9, 1 - 1e-6, 1.0]), st.floats(0, 1))
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def words(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
 @st.composite
@@ -195,27 +181,6 @@ def test_random_numbers_are_those_of_dare(tensor: torch.Tensor, drop_rate: float
     torch.testing.assert_close(pruned, expected, rtol=max(1e-6, torch.finfo(tensor.dtype).eps), atol=0)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("drop_rate", [0.0, 0.3, 0.9, 1.0])
-def test_every_shape_and_dtype_is_kept(dtype: torch.dtype, shape: tuple[int, ...], drop_rate: float) -> None:
-    """The result is that of the float32 copy, rounded once; the input is left alone."""
-    tensor = (2 * normal(*shape)).to(dtype)
-    before = tensor.clone()
-    pruned = Proportional(drop_rate)(tensor, name="w", seed=1)
-    assert (pruned.shape, pruned.dtype) == (tensor.shape, dtype)
-    assert torch.equal(words(pruned), words(Proportional(drop_rate)(tensor.float(), name="w", seed=1).to(dtype)))
-    if drop_rate == 0:
-        assert torch.equal(pruned, before)
-    if drop_rate == 1:
-        assert not pruned.any()
-    law = Proportional(drop_rate).law(tensor, name="w")
-    assert isinstance(law.drop, torch.Tensor)
-    assert (law.drop.shape, law.drop.dtype) == (tensor.shape, torch.float64)
-    pruned.fill_(7)
-    assert torch.equal(tensor, before)
-
-
 @pytest.mark.parametrize("drop_rate", [1e-17, 2.0**-53, 1e-15, 1e-12])
 def test_a_tiny_drop_rate_changes_hardly_anything(drop_rate: float) -> None:
     for seed in range(20):
@@ -253,44 +218,11 @@ def test_a_single_entry_falls_with_probability_p() -> None:
         torch.testing.assert_close(Proportional(0.7)(torch.tensor(3.0), name="w", seed=seed), dare)
 
 
-@given(rates=st.lists(RATE, min_size=2, max_size=6), tensor=tensors(), seed=st.integers(0, 99))
-def test_masks_are_nested_over_drop_rates(rates: list[float], tensor: torch.Tensor, seed: int) -> None:
-    kept = [Proportional(rate)(tensor, name="w", seed=seed) != 0 for rate in sorted(rates)]
-    for gentle, harsh in itertools.pairwise(kept):
-        assert not (harsh & ~gentle).any()
-
-
 @pytest.fixture(scope="module")
 def large() -> dict[str, torch.Tensor]:
     """Of several blocks: without ties, with many, and of half width."""
     plain = normal(300, 2000)
     return {"plain": plain, "ties": (plain * 4).round(), "half": plain.bfloat16()}
-
-
-@pytest.fixture
-def _threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.usefixtures("_threads")
-def test_threads_change_no_bit(large: dict[str, torch.Tensor]) -> None:
-    for tensor in large.values():
-        results = []
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            results.append(words(Proportional(0.7)(tensor, name="w", seed=0)))
-        assert torch.equal(results[0], results[1])
-        assert torch.equal(results[0], results[2])
-
-
-@pytest.mark.parametrize("device", ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))])
-def test_every_device_gives_the_bits_of_the_cpu(large: dict[str, torch.Tensor], device: str) -> None:
-    for tensor in large.values():
-        pruned = Proportional(0.7)(tensor.to(device), name="w", seed=0)
-        assert pruned.device == torch.device(device)
-        assert torch.equal(words(pruned.cpu()), words(Proportional(0.7)(tensor, name="w", seed=0)))
 
 
 def test_strides_and_cuts_into_blocks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -312,39 +244,13 @@ def test_what_is_not_finite_is_refused_by_name(dtype: torch.dtype, bad: float) -
         Proportional(0.5, "model").over({"a": torch.ones(2), "b": tensor, "c": tensor}, 0)
 
 
-def test_whole_numbers_are_no_deltas() -> None:
-    with pytest.raises(ValueError, match="floating dtype"):
-        Proportional(0.5)(torch.tensor([1, 2]), name="w", seed=0)
-
-
-def test_parameters_are_checked() -> None:
-    for bad in (-0.1, 1.1, "0.5", None, math.nan, True):
-        with pytest.raises(ValueError, match="drop_rate must be a number in"):
-            Proportional(bad)  # type: ignore[arg-type]
-    for scope in ("row", "Model", None):
-        with pytest.raises(ValueError, match="within must be one of 'tensor', 'model'"):
-            Proportional(0.5, scope)  # type: ignore[arg-type]
+def test_its_rescale_is_its_own_and_its_colour_one() -> None:
     with pytest.raises(ValueError, match="rescale must be 'inverse_keep', .* not 'none'"):
         Proportional(0.5, rescale="none")  # type: ignore[arg-type]
-    assert type(Proportional(1).drop_rate) is float
-
-
-def test_one_tensor_is_no_model() -> None:
-    for call in (partial(Proportional(0.5, "model"), seed=0), Proportional(0.5, "model").law):
-        with pytest.raises(ValueError, match=r"'x\.w' is one; use delta\.pruned\(pruner, seed=…\)"):
-            call(torch.ones(3), name="x.w")
-
-
-def test_names_and_colours() -> None:
-    pruners: list[Pruner] = [Proportional(0.5), Proportional(0.5, "model")]
-    methods = [pruner.method for pruner in pruners]
-    assert methods == ["proportional", "proportional by model"]
+    with pytest.raises(ValueError, match=r"'x\.w' is one"):
+        Proportional(0.5, "model").law(torch.ones(3), name="x.w")
+    methods = [Proportional(0.5).method, Proportional(0.5, "model").method]
     assert set(plots.method_colours(methods).values()) == {plots.METHOD_COLOURS["proportional"]}
-    assert [Proportional(p).random for p in (0, 0.5, 1)] == [False, True, False]
-    assert Proportional(0.5) == Proportional(0.5, "tensor")
-    assert isinstance(Proportional(0.5), Lawful)
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        Proportional(0.5).drop_rate = 0.1  # type: ignore[misc]
 
 
 def family(seed: int = 0) -> dict[str, torch.Tensor]:
