@@ -74,35 +74,6 @@ def test_a_single_file_is_read(save_checkpoint: SaveCheckpoint) -> None:
     assert checkpoint.config == {}
 
 
-def test_a_directory_with_one_file_is_read(save_checkpoint: SaveCheckpoint) -> None:
-    folder = save_checkpoint("one", TENSORS, config={"hidden_size": 2})
-    checkpoint = open_checkpoint(str(folder))
-    assert_holds(checkpoint, TENSORS)
-    assert checkpoint.files() == [folder / "model.safetensors"]
-    assert checkpoint.config == {"hidden_size": 2}
-
-
-@pytest.mark.parametrize("config", [None, {"model_type": "llama"}])
-def test_shards_with_an_index_are_read(save_checkpoint: SaveCheckpoint, config: dict[str, str] | None) -> None:
-    folder = save_checkpoint("sharded", TENSORS, config=config, shards=SHARDS)
-    checkpoint = open_checkpoint(folder)
-    assert_holds(checkpoint, TENSORS)
-    assert checkpoint.files() == [folder / shard for shard in sorted(SHARDS)]
-    assert checkpoint.config == (config or {})
-
-
-def test_shards_without_an_index_are_read(save_checkpoint: SaveCheckpoint) -> None:
-    folder = save_checkpoint("sharded", TENSORS, shards=SHARDS)
-    (folder / INDEX).unlink()
-    assert_holds(open_checkpoint(folder), TENSORS)
-
-
-def test_model_safetensors_is_preferred_to_other_files_beside_it(save_checkpoint: SaveCheckpoint) -> None:
-    folder = save_checkpoint("one", {"a.weight": torch.ones(2)})
-    save_file({"a.weight": torch.zeros(2)}, folder / "consolidated.safetensors")
-    assert_holds(open_checkpoint(folder), {"a.weight": torch.ones(2)})
-
-
 def test_entries_tell_file_shape_and_dtype(save_checkpoint: SaveCheckpoint) -> None:
     folder = save_checkpoint("sharded", TENSORS, shards=SHARDS)
     entries = open_checkpoint(folder).references
@@ -283,89 +254,11 @@ def test_a_file_cut_anywhere_is_refused(tmp_path: Path) -> None:
         assert f"it has {size} bytes and may be truncated: fetch it again" in message
 
 
-def test_a_truncated_shard_is_named(save_checkpoint: SaveCheckpoint) -> None:
-    folder = save_checkpoint("sharded", TENSORS, shards=SHARDS)
-    shard = folder / "model-00002-of-00002.safetensors"
-    shard.write_bytes(shard.read_bytes()[:-1])
-    assert refusal(folder).startswith(f"{shard}: not a readable safetensors file")
-
-
-def test_a_shard_in_the_index_but_absent_is_refused(save_checkpoint: SaveCheckpoint) -> None:
-    folder = save_checkpoint("sharded", TENSORS, shards=SHARDS)
-    shard = folder / "model-00001-of-00002.safetensors"
-    shard.unlink()
-    assert refusal(folder) == f"{shard}: named in {INDEX} but absent; fetch the missing shard"
-
-
-def test_a_tensor_in_the_index_but_not_in_its_shard_is_refused(save_checkpoint: SaveCheckpoint) -> None:
-    folder = save_checkpoint("sharded", TENSORS, shards=SHARDS)
-    shard = folder / "model-00002-of-00002.safetensors"
-    kept, *lost = SHARDS[shard.name]
-    save_file({kept: TENSORS[kept]}, shard)
-    message = refusal(folder)
-    assert message.startswith(f"{shard}: tensor {min(lost)!r} is named in {INDEX} but is not in the shard (2 such)")
-    assert "fetch both again" in message
-
-
-@pytest.mark.parametrize("shard", ["../outside.safetensors", "sub/../../outside.safetensors", "sub/a.safetensors"])
-def test_a_shard_outside_the_directory_is_refused(save_checkpoint: SaveCheckpoint, shard: str) -> None:
-    folder = save_checkpoint("sharded", {"a.weight": torch.ones(2)}, shards={"a.safetensors": ["a.weight"]})
-    (folder / "sub").mkdir()
-    for file in (folder.parent / "outside.safetensors", folder / "sub" / "a.safetensors"):
-        save_file({"a.weight": torch.ones(2)}, file)
-    (folder / INDEX).write_text(json.dumps({"weight_map": {"a.weight": shard}}))
-    assert refusal(folder).startswith(f"{folder / INDEX}: shard {shard!r} lies outside the checkpoint's directory")
-
-
-def test_an_absolute_shard_path_is_refused(save_checkpoint: SaveCheckpoint) -> None:
-    folder = save_checkpoint("sharded", {"a.weight": torch.ones(2)}, shards={"a.safetensors": ["a.weight"]})
-    shard = "/tmp/a.safetensors"
-    (folder / INDEX).write_text(json.dumps({"weight_map": {"a.weight": shard}}))
-    assert f"shard {shard!r} lies outside" in refusal(folder)
-
-
-@pytest.mark.parametrize("content", [b"{", b"", b"\xff\xfe\x00", b"<html>not found</html>"])
-@pytest.mark.parametrize("name", [INDEX, "config.json"])
-def test_a_file_that_is_not_json_is_refused(save_checkpoint: SaveCheckpoint, name: str, content: bytes) -> None:
-    folder = save_checkpoint("one", TENSORS, shards=SHARDS)
-    (folder / name).write_bytes(content)
-    message = refusal(folder)
-    assert message.startswith(f"{folder / name}: not readable as JSON")
-    assert "fetch it again" in message
-
-
-def test_json_that_is_no_object_is_refused(save_checkpoint: SaveCheckpoint) -> None:
-    folder = save_checkpoint("one", TENSORS, shards=SHARDS)
-    (folder / INDEX).write_text("[1, 2]")
-    assert refusal(folder) == f"{folder / INDEX}: expected a JSON object, got list; fetch it again"
-
-
 @pytest.mark.parametrize("index", [{}, {"weight_map": {}}, {"weight_map": ["a.weight"]}, {"weight_map": None}])
 def test_an_index_without_a_weight_map_is_refused(save_checkpoint: SaveCheckpoint, index: dict[str, Any]) -> None:
     folder = save_checkpoint("one", TENSORS, shards=SHARDS)
     (folder / INDEX).write_text(json.dumps(index))
     assert refusal(folder) == f"{folder / INDEX}: has no 'weight_map'; fetch the index again"
-
-
-@pytest.mark.parametrize("shard", [1, None, ["a.safetensors"], {"file": "a.safetensors"}, "", ".."])
-def test_a_shard_that_is_no_file_name_is_refused(save_checkpoint: SaveCheckpoint, shard: object) -> None:
-    folder = save_checkpoint("sharded", {"a.weight": torch.ones(2)}, shards={"a.safetensors": ["a.weight"]})
-    (folder / INDEX).write_text(json.dumps({"weight_map": {"a.weight": shard}}))
-    message = refusal(folder)
-    assert message.startswith(f"{folder / INDEX}: shard {shard!r} ")
-
-
-def test_the_same_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
-    for name in ("a.safetensors", "b.safetensors"):
-        save_file({"only." + name: torch.ones(1), "x.weight": torch.ones(2)}, tmp_path / name)
-    message = refusal(tmp_path)
-    assert message.startswith(f"{tmp_path / 'b.safetensors'}: tensor 'x.weight' also stands in a.safetensors")
-
-
-def test_the_refusal_of_a_tensor_in_two_files_says_what_to_do(tmp_path: Path) -> None:
-    for name in ("a.safetensors", "b.safetensors"):
-        save_file({"x.weight": torch.ones(2)}, tmp_path / name)
-    assert "; remove " in refusal(tmp_path)
 
 
 def test_an_embedded_model_is_found_by_name_and_an_unknown_one_lists_the_known(
@@ -386,34 +279,6 @@ def test_the_embedded_base_has_the_parameters_that_transformers_loads() -> None:
     checkpoint = open_checkpoint("zoo:small/base")
     loaded = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype="auto")
     assert_holds(checkpoint, {name: parameter.detach() for name, parameter in loaded.named_parameters()})
-
-
-def test_a_file_deleted_after_opening_is_an_error_on_reading(save_checkpoint: SaveCheckpoint) -> None:
-    folder = save_checkpoint("one", TENSORS)
-    checkpoint = open_checkpoint(folder)
-    (folder / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError) as caught:
-        checkpoint["scale"]
-    assert str(caught.value).startswith(f"{folder / 'model.safetensors'}: tensor 'scale' cannot be read: No such file")
-
-
-@pytest.mark.parametrize("left", [0, 4, 60, -1])
-def test_a_file_truncated_after_opening_is_an_error_on_reading(save_checkpoint: SaveCheckpoint, left: int) -> None:
-    file = save_checkpoint("one", {"a.weight": torch.ones(3), "b.weight": torch.ones(5)}) / "model.safetensors"
-    checkpoint = open_checkpoint(file)
-    file.write_bytes(file.read_bytes()[:left])
-    with pytest.raises(CheckpointError) as caught:
-        checkpoint["b.weight"]
-    assert str(caught.value).startswith(f"{file}: tensor 'b.weight' cannot be read: it ends ")
-    assert "bytes too early; " in str(caught.value)
-
-
-def test_an_error_on_reading_says_what_to_do(save_checkpoint: SaveCheckpoint) -> None:
-    file = save_checkpoint("one", TENSORS) / "model.safetensors"
-    checkpoint = open_checkpoint(file)
-    save_file({"other.weight": torch.ones(2)}, file)
-    with pytest.raises(CheckpointError, match=r"tensor 'scale' cannot be read: .*; .* again"):
-        checkpoint["scale"]
 
 
 def test_errors_are_value_errors(tmp_path: Path) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import pickle
-import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +14,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from delta_analysis._errors import CheckpointError
@@ -91,13 +88,6 @@ def test_a_bin_file_holds_what_torch_saved(tmp_path: Path, legacy: bool, paramet
 
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
-def test_an_ordered_dict_as_modules_make_it_is_read(tmp_path: Path, legacy: bool) -> None:
-    module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4))
-    entries = read_header(written(tmp_path / "pytorch_model.bin", module.state_dict(), legacy=legacy))
-    assert_holds(entries, dict(module.state_dict()))
-
-
-@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
 def test_views_of_one_storage_are_read_where_they_lie(tmp_path: Path, legacy: bool) -> None:
     whole = normal(0, 6, 4)
     tensors = {
@@ -163,19 +153,6 @@ def test_anything_but_named_tensors_is_refused(tmp_path: Path, content: object, 
     assert problem in refusal(written(tmp_path / "pytorch_model.bin", content, legacy=legacy))
 
 
-@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
-def test_tensors_that_are_not_dense_entries_are_refused_or_told_by_their_dtype(tmp_path: Path, legacy: bool) -> None:
-    file = tmp_path / "pytorch_model.bin"
-    message = refusal(written(file, {"a.weight": torch.eye(3).to_sparse()}, legacy=legacy))
-    assert "its pickle calls torch.serialization._get_layout, which makes no plain tensor" in message
-    message = refusal(written(file, {"a.weight": torch.ones(2, device="meta")}, legacy=legacy))
-    assert "its pickle calls torch._utils._rebuild_meta_tensor_no_storage, which makes no plain tensor" in message
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Torch announces the end of quantised tensors.
-        quantised = torch.quantize_per_tensor(torch.ones(3), 1.0, 0, torch.qint8)
-        assert read_header(written(file, {"a.weight": quantised}, legacy=legacy))["a.weight"].dtype == torch.qint8
-
-
 class Harm:
     """Creates a file when it is unpickled."""
 
@@ -186,14 +163,6 @@ class Harm:
         return os.mkdir, (str(self.flag),)
 
 
-def bare(file: Path, harm: object) -> None:
-    file.write_bytes(pickle.dumps({"a.weight": harm}))
-
-
-def bare_protocol_4(file: Path, harm: object) -> None:
-    file.write_bytes(pickle.dumps(harm, protocol=4))
-
-
 def in_a_zip(file: Path, harm: object) -> None:
     torch.save({"a.weight": harm}, file)
 
@@ -202,24 +171,7 @@ def behind_legacy_magic(file: Path, harm: object) -> None:
     torch.save({"a.weight": harm}, file, _use_new_zipfile_serialization=False)
 
 
-def in_place_of_the_pickle(file: Path, harm: object) -> None:
-    """A good archive whose record of names is exchanged."""
-    good = io.BytesIO()
-    torch.save({"a.weight": torch.ones(2)}, good)
-    with zipfile.ZipFile(good) as source, zipfile.ZipFile(file, "w") as target:
-        for info in source.infolist():
-            is_pickle = info.filename.endswith("data.pkl")
-            target.writestr(info.filename, pickle.dumps(harm, protocol=2) if is_pickle else source.read(info))
-
-
-def torchscript(file: Path, harm: object) -> None:
-    """An archive that also has what marks a compiled module, which torch would load another way."""
-    in_a_zip(file, harm)
-    with zipfile.ZipFile(file, "a") as archive:
-        archive.writestr("archive/constants.pkl", pickle.dumps(harm, protocol=2))
-
-
-FORMS = [bare, bare_protocol_4, in_a_zip, behind_legacy_magic, in_place_of_the_pickle, torchscript]
+FORMS = [in_a_zip, behind_legacy_magic]
 
 
 @pytest.mark.parametrize("write", FORMS, ids=lambda write: write.__name__)
@@ -229,27 +181,10 @@ def test_no_pickle_is_ever_run(tmp_path: Path, write: Callable[[Path, object], N
     message = refusal(file)
     assert not flag.exists()
     assert "not a readable checkpoint of tensors" in message
-    assert "code in it is never run" in message
+    assert "posix.mkdir" in message and "code in it is never run" in message
     assert "safetensors" in message
     # Torch's own text proposes to load it all the same.
     assert "weights_only" not in message
-
-
-def test_the_harm_would_be_done_by_a_plain_load(tmp_path: Path) -> None:
-    file, flag = tmp_path / "pytorch_model.bin", tmp_path / "harmed"
-    for write in (in_a_zip, in_place_of_the_pickle):
-        write(file, Harm(flag))
-        torch.load(file, weights_only=False)
-        flag.rmdir()
-    for write in (bare, bare_protocol_4):
-        write(file, Harm(flag))
-        pickle.loads(file.read_bytes())
-        flag.rmdir()
-
-
-def test_the_refusal_names_what_would_have_run(tmp_path: Path) -> None:
-    in_a_zip(tmp_path / "pytorch_model.bin", Harm(tmp_path / "harmed"))
-    assert "posix.mkdir" in refusal(tmp_path / "pytorch_model.bin")
 
 
 def rezipped(
@@ -308,35 +243,3 @@ def test_entries_of_another_byte_order_are_refused(tmp_path: Path) -> None:
     file = written(tmp_path / "pytorch_model.bin", {"a.weight": torch.ones(2)})
     rezipped(file, lambda info, content: b"big" if info.filename.endswith("byteorder") else content)
     assert "its entries are not little-endian" in refusal(file)
-
-
-def test_a_record_shorter_than_its_tensor_is_refused(tmp_path: Path) -> None:
-    file = written(tmp_path / "pytorch_model.bin", {"a.weight": torch.ones(8)})
-    rezipped(file, lambda info, content: content[:-4] if info.filename.endswith("data/0") else content)
-    assert "not a readable checkpoint of tensors" in refusal(file)
-
-
-@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
-def test_a_bin_file_cut_anywhere_is_refused(tmp_path: Path, legacy: bool) -> None:
-    file = written(tmp_path / "pytorch_model.bin", {"a.weight": torch.ones(8)}, legacy=legacy)
-    whole = file.read_bytes()
-    for size in range(0, len(whole), 7):
-        file.write_bytes(whole[:size])
-        assert "not a readable checkpoint of tensors" in refusal(file)
-
-
-def test_a_header_that_safetensors_refuses_is_refused(tmp_path: Path) -> None:
-    file = tmp_path / "a.safetensors"
-    good = {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}
-    for change in (
-        {"shape": [3]},
-        {"data_offsets": [0, 4]},
-        {"data_offsets": [4, 12]},
-        {"shape": [-2]},
-        {"dtype": "F33"},
-    ):
-        header = json.dumps({"a": {**good["a"], **change}}).encode()
-        file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
-        with pytest.raises(SafetensorError), safe_open(file, framework="pt"):
-            pass
-        assert "not a readable safetensors file" in refusal(file)
