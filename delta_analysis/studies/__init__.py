@@ -14,7 +14,7 @@ from delta_analysis.studies.merging import (
     joined,
     mean_of,
     saturation,
-    slack_way,
+    slack_name,
     trail_outcomes,
 )
 from delta_analysis.studies.rescaling import halves
@@ -34,6 +34,6 @@ __all__ = [
     "mean_of",
     "saturation",
     "share_of",
-    "slack_way",
+    "slack_name",
     "trail_outcomes",
 ]

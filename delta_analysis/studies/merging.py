@@ -1,4 +1,4 @@
-"""The ways to merge that report 08 compares: which merges each of them has to choose from."""
+"""The candidates that report 08 compares: the merges that each method has to choose from."""
 
 from __future__ import annotations
 
@@ -54,19 +54,19 @@ WEIGHTS = (0.5, 0.75)
 Sources = tuple[MergeSource, ...]
 
 
-def slack_way(relative: float) -> str:
+def slack_name(relative: float) -> str:
     """What the election with slack is called.
 
     Examples
     --------
-    >>> slack_way(1.0), slack_way(math.inf)
+    >>> slack_name(1.0), slack_name(math.inf)
     ('slack 1', 'slack ∞')
     """
     return f"slack {relative:g}".replace("inf", "∞")
 
 
-def ways(sources: Sources, rates: Sequence[float], scalings: Sequence[float]) -> dict[str, list[Merging]]:
-    """Name of each way -> its merges, at every drop rate (0 among them) and scaling.
+def candidates(sources: Sources, rates: Sequence[float], scalings: Sequence[float]) -> dict[str, list[Merging]]:
+    """Name of each method -> its candidates, merges at every drop rate (0 among them) and scaling.
 
     DARE comes before a method, but for TIES that trims by itself and DELLA; in `average` nothing is scaled.
     """
@@ -91,18 +91,18 @@ def ways(sources: Sources, rates: Sequence[float], scalings: Sequence[float]) ->
     return found
 
 
-def trail_ways(sources: Sources) -> dict[str, Merging]:
+def trail_candidates(sources: Sources) -> dict[str, Merging]:
     """Merges of a continually pre-trained model with a fine-tune, as they are: weights and scaling are 1."""
     return {SUM: _merging(sources, TaskArithmetic()), PUBLISHED: _merging(sources, Ties(PUBLISHED_TRIM))}
 
 
-def election_ways(sources: Sources) -> dict[str, Merging]:
+def election_candidates(sources: Sources) -> dict[str, Merging]:
     """The sum of what is not outvoted, without slack and with more and more of it for the second delta."""
-    slacks = {slack_way(r): _merging(sources, Ties(0.0, fuse="sum", slack=Slack(1, relative=r))) for r in SLACKS}
+    slacks = {slack_name(r): _merging(sources, Ties(0.0, fuse="sum", slack=Slack(1, relative=r))) for r in SLACKS}
     return {ELECTED: _merging(sources, Ties(0.0, fuse="sum")), **slacks}
 
 
-def unequal_ways(sources: Sources, scalings: Sequence[float], drop_rate: float) -> dict[str, list[Merging]]:
+def unequal_candidates(sources: Sources, scalings: Sequence[float], drop_rate: float) -> dict[str, list[Merging]]:
     """Merges of two deltas the first of which is far larger, each with settings to choose from."""
     plain: dict[str, Callable[[float], MergeMethod]] = {
         "Fisher": Fisher,
@@ -193,7 +193,7 @@ def trail_outcomes(cells: pd.DataFrame, way: str, task: str, fine_tune: str) -> 
     return {int(steps): outcome_matrix(group) for steps, group in rows.groupby("steps")}
 
 
-def offer(ways: Mapping[str, Sequence[Merging]]) -> pd.DataFrame:
+def offer(candidates: Mapping[str, Sequence[Merging]]) -> pd.DataFrame:
     """The merges that each way has to choose from, a row each, with the columns that find them in a sweep.
 
     Columns: `way`; those of `SETTING`; `drop_rate`, of the pruner or else of the method's own; `scaling`; `merging`.
@@ -207,7 +207,7 @@ def offer(ways: Mapping[str, Sequence[Merging]]) -> pd.DataFrame:
                 "scaling": each.by.scaling,
                 "merging": each,
             }
-            for way, merges in ways.items()
+            for way, merges in candidates.items()
             for each in merges
         ]
     )

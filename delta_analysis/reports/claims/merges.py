@@ -24,7 +24,7 @@ from delta_analysis.studies import (
     joined,
     mean_of,
     saturation,
-    slack_way,
+    slack_name,
     trail_outcomes,
 )
 from delta_analysis.sweeps import MEAN, Interval, kept_interval, outcome_matrix, paired_difference
@@ -143,7 +143,7 @@ def merge_saturates(results: pd.DataFrame) -> Interval:
 
 def slack_helps(results: pd.DataFrame) -> Interval:
     """At the end, with the slack that is best on one half of the questions; on the other half."""
-    ends = {way: found[max(found)] for way in map(slack_way, SLACKS) for found in [on_trail(results, way)]}
+    ends = {way: found[max(found)] for way in map(slack_name, SLACKS) for found in [on_trail(results, way)]}
     plain = on_trail(results, ELECTED)
     choosing, judging = halves(plain[max(plain)].shape[1])
     best = max(ends, key=lambda way: ends[way][:, choosing].mean())
