@@ -118,20 +118,7 @@ def number_at(index, keys):  # type: ignore[no-untyped-def]
 
 
 def random_bits(count: int, *, seed: int, name: str, start: int = 0) -> np.ndarray:
-    """Numbers `start` to `start + count` of the stream of tensor `name` under `seed`.
-
-    Number i is lane `i % 4` of Philox4x32-10 at counter `(low word of i // 4, high word, 0, 0)`.
-
-    Returns
-    -------
-    uint32 array of shape (count,), uniform over all 32-bit values.
-
-    Examples
-    --------
-    >>> whole = random_bits(10, seed=0, name="w")
-    >>> bool((whole[3:7] == random_bits(4, seed=0, name="w", start=3)).all())
-    True
-    """
+    """Numbers `start` to `start + count` of a stream: i is lane `i % 4` of Philox at counter `(i // 4, 0, 0)`."""
     out = np.empty(count, dtype=np.uint32)
     fill(stream_key(seed, name), start, out)
     return out

@@ -20,17 +20,11 @@ FINITE = 0x7F800000
 
 @compiled
 def tally_piece(finetuned, base, use, limits, counts, extremes, sums, histogram):  # type: ignore[no-untyped-def]
-    """Add a piece to the tally of its block of the grid.
+    """Add a piece of entries to the tally of its block of the grid.
 
-    Parameters
-    ----------
-    finetuned, base : entries as `storage.entries` gives them; the base's are empty under `ALONE`.
-    limits : uint32 magnitude bits; `counts[1 + t]` grows by the number of |δ| below limit t.
-    counts : int64, the first is the number of entries that are NaN or infinite, or whose base is,
-        which stand in nothing else.
-    extremes : float32, least and greatest δ so far.
-    sums : float64, the number of finite entries, Σ δ, Σ (δ - mean)² and Σ base² so far.
-    histogram : uint32, entries by the upper 16 bits of δ.
+    `counts` has first the entries that are not finite on either side, which stand in nothing else, then those
+    of |δ| below each of `limits`, which are magnitude bits; `extremes` the least and greatest δ; `sums` the
+    number of finite entries, Σ δ, Σ (δ - mean)² and Σ base²; `histogram` entries by the upper 16 bits of δ.
     """
     delta, start = np.empty(RUN, np.float32), np.zeros(RUN, np.float32)
     bits, start_bits = delta.view(np.uint32), start.view(np.uint32)

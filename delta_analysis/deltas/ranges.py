@@ -9,7 +9,7 @@ from typing import Any, Literal, TextIO
 import numpy as np
 import pandas as pd
 
-from delta_analysis._errors import one_of
+from delta_analysis._errors import checked_number, one_of
 from delta_analysis.deltas.delta import Delta
 from delta_analysis.deltas.streaming import Tallies, tally_delta
 from delta_analysis.deltas.tally import Tally, bucket_middles
@@ -106,8 +106,7 @@ def magnitude_histogram(delta: Delta | Tallies, *, bins_per_decade: int = 10) ->
     >>> bool(histogram["share"].sum() <= 1)
     True
     """
-    if bins_per_decade < 1:
-        raise ValueError(f"bins_per_decade must be at least 1; not {bins_per_decade!r}")
+    checked_number("bins_per_decade", bins_per_decade, 1, whole=True)
     whole = reduce(Tally.__add__, _tallies(delta).cells.values())
     magnitudes = np.abs(bucket_middles()[whole.buckets])
     filled = magnitudes > 0

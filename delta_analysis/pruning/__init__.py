@@ -8,10 +8,11 @@ from delta_analysis.pruning.proportional import Proportional
 from delta_analysis.pruning.pruner import Prune, Pruner, bind, checked_drop_rate
 from delta_analysis.pruning.rescaling import Rescale
 from delta_analysis.pruning.threshold import find_threshold
-from delta_analysis.pruning.transforms import Change, Permuted
+from delta_analysis.pruning.transforms import Change, Clipped, Permuted, Scaled, SignsRedrawn, Topless
 
 __all__ = [
     "Change",
+    "Clipped",
     "Dare",
     "Law",
     "Lawful",
@@ -23,6 +24,9 @@ __all__ = [
     "Prune",
     "Pruner",
     "Rescale",
+    "Scaled",
+    "SignsRedrawn",
+    "Topless",
     "bind",
     "checked_drop_rate",
     "find_threshold",

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import partial
-from numbers import Real
 from typing import Literal
 
 import torch
 
-from delta_analysis._errors import one_of
+from delta_analysis._errors import checked_number, one_of
 from delta_analysis._kernels import rank_sums, row_length, stream_key
 from delta_analysis.pruning.by_row import drop_by_rank
 from delta_analysis.pruning.moments import Law, expected_factor
@@ -113,11 +111,10 @@ def checked_window(window: str | float, drop_rate: float) -> str | float:
     """The window, a number as a float; raise unless it is "widest" or keeps every probability in [0, 1)."""
     if isinstance(window, str) and window == "widest":
         return window
-    if not isinstance(window, Real) or isinstance(window, bool) or not 0 <= window < math.inf:
-        raise ValueError(f"window must be 'widest' or a width of at least 0; not {window!r}")
-    if 0 < drop_rate < 1 and not (0 <= drop_rate - window / 2 and drop_rate + window / 2 < 1):
+    width = checked_number("window, where not 'widest',", window, 0)
+    if 0 < drop_rate < 1 and not (0 <= drop_rate - width / 2 and drop_rate + width / 2 < 1):
         limit = f"at most {2 * drop_rate!r}" if drop_rate < 0.5 else f"below {2 * (1 - drop_rate):g}"
         raise ValueError(
             f"window {window!r} takes drop probabilities out of [0, 1) at drop rate {drop_rate!r}; it must be {limit}"
         )
-    return float(window)
+    return width

@@ -96,13 +96,7 @@ class Proportional:
 
 @dataclass(frozen=True)
 class KeepInProportion:
-    """`Proportional` with its scale c found, at least 0: an infinite one keeps all that is not zero.
-
-    Examples
-    --------
-    >>> KeepInProportion(0.2).law(torch.tensor([1.0, -2.0, 10.0]), name="w").drop
-    tensor([0.8000, 0.6000, 0.0000], dtype=torch.float64)
-    """
+    """`Proportional` with its scale c found, at least 0: an infinite one keeps all that is not zero."""
 
     scale: float
 
@@ -124,21 +118,6 @@ def find_scale(tensors: Iterable[tuple[str, torch.Tensor]], drop_rate: float) ->
     Entries are counted and summed in buckets of magnitudes of equal upper 15 bits, which are less than 1%
     wide; sums are exact, so that only the bucket in which probabilities reach 1 is taken as a whole. Of
     the entries in that bucket up to 1 in 512 more are dropped than asked for, and never fewer.
-
-    Parameters
-    ----------
-    tensors : each with its name; of any floating dtype and shape.
-    drop_rate : p, in [0, 1].
-
-    Raises
-    ------
-    ValueError
-        NaN or infinite entries, with the name of their tensor.
-
-    Examples
-    --------
-    >>> find_scale([("w", torch.tensor([1.0, -2.0, 3.0, -4.0]))], 0.5)
-    0.2
     """
     counts, sums = np.zeros(HIGH), np.zeros(HIGH)
     for name, tensor in tensors:

@@ -7,11 +7,11 @@ result has the input's dtype, shape and device.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from numbers import Real
 from typing import Protocol, runtime_checkable
 
 import torch
 
+from delta_analysis._errors import checked_number
 from delta_analysis.pruning.rescaling import Rescale
 
 Prune = Callable[..., torch.Tensor]
@@ -59,7 +59,4 @@ def one_is_no_model(name: str) -> ValueError:
 
 
 def checked_drop_rate(drop_rate: float) -> float:
-    """The drop rate as a float; raise unless it is a number in [0, 1]."""
-    if not isinstance(drop_rate, Real) or isinstance(drop_rate, bool) or not 0 <= drop_rate <= 1:
-        raise ValueError(f"drop_rate must be a number in [0, 1], the share of entries set to zero; not {drop_rate!r}")
-    return float(drop_rate)
+    return checked_number("drop_rate", drop_rate, 0, 1)

@@ -73,13 +73,7 @@ def rescale_name(rescale: Rescale, default: str) -> str:
 
 
 def power_sum(tensor: torch.Tensor, power: int, name: str) -> Fraction:
-    """Σ |x|^power over the float32 values of a tensor, exactly; power is 1 or 2.
-
-    Raises
-    ------
-    ValueError
-        A NaN or infinite entry; `name` says of which tensor.
-    """
+    """Σ |x|^power over the float32 values of a tensor, exactly; power is 1 or 2."""
     sums = map_blocks(tensor, lambda values, _: power_sums(values, power), dtypes=NATIVE)
     total = sum(sums, torch.zeros(2, 256, dtype=torch.int64))
     # Infinities and NaNs have the last exponent, and the bit that is implied makes their sum positive.

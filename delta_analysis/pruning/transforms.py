@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
 
+from delta_analysis._errors import checked_number
 from delta_analysis._kernels import stream_key
 
 
@@ -33,8 +33,7 @@ class Scaled:
     factor: float
 
     def __post_init__(self) -> None:
-        if not 0 < self.factor < math.inf:
-            raise ValueError(f"factor must be a finite number above 0; not {self.factor!r}")
+        checked_number("factor", self.factor, 0, low_open=True)
 
     @property
     def label(self) -> str:
@@ -60,7 +59,7 @@ class Clipped:
     share: float
 
     def __post_init__(self) -> None:
-        check_share(self.share)
+        checked_number("share", self.share, 0, 1)
 
     @property
     def label(self) -> str:
@@ -86,7 +85,7 @@ class Topless:
     share: float
 
     def __post_init__(self) -> None:
-        check_share(self.share)
+        checked_number("share", self.share, 0, 1)
 
     @property
     def label(self) -> str:
@@ -135,21 +134,9 @@ class SignsRedrawn:
 
 
 def largest(tensor: torch.Tensor, share: float) -> torch.Tensor:
-    """A mask of the `share` of entries that are largest in magnitude, and of all that equal the last of them.
-
-    Examples
-    --------
-    >>> largest(torch.tensor([1.0, -2.0, 3.0, -3.0]), 0.25)
-    tensor([False, False,  True,  True])
-    """
+    """A mask of the `share` of entries that are largest in magnitude, and of all that equal the last of them."""
     count = round(share * tensor.numel())
     if not count:
         return torch.zeros_like(tensor, dtype=torch.bool)
     sizes = tensor.abs()
     return sizes >= sizes.reshape(-1).kthvalue(tensor.numel() - count + 1).values
-
-
-def check_share(share: float) -> None:
-    """Raise unless it is a share."""
-    if not 0 <= share <= 1:
-        raise ValueError(f"share must be in [0, 1]; not {share!r}")

@@ -228,7 +228,7 @@ def test_drop_rates_without_room_accept_any_window(window: float | str) -> None:
 @pytest.mark.parametrize("window", [-0.1, math.nan, math.inf, -math.inf, "wide", "0.1", None, [0.1], True], ids=str)
 @pytest.mark.parametrize("drop_rate", [0, 0.5, 1])
 def test_window_of_no_known_form(drop_rate: float, window: object) -> None:
-    with pytest.raises(ValueError, match="window must be 'widest' or a width of at least 0") as raised:
+    with pytest.raises(ValueError, match="window, where not 'widest', must be a finite number of at least 0") as raised:
         MagPrune(drop_rate, window)  # type: ignore[arg-type]
     assert repr(window) in str(raised.value)
 

@@ -1,4 +1,4 @@
-"""Deltas changed by hand: closed forms of each change, and the models that are made of them."""
+"""Deltas changed by hand: closed forms of each change."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from delta_analysis.pruning.transforms import Change, Clipped, Permuted, Scaled, SignsRedrawn, Topless, largest
 
 CHANGES: tuple[Change, ...] = (Scaled(2.0), Clipped(0.2), Topless(0.2), Permuted(), SignsRedrawn())
-DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 # Few values, so that many are equal in size; multiples of powers of two are exact in every dtype.
 VALUES = st.lists(st.integers(-6, 6).map(lambda value: value / 4), max_size=40)
 SHARES = st.sampled_from([0.0, 0.01, 0.1, 0.25, 0.5, 0.9, 1.0])
@@ -25,29 +24,6 @@ def exact(values: Sequence[float]) -> np.ndarray:
 
 def changed(change: Change, values: Sequence[float], name: str = "w", seed: int = 0) -> np.ndarray:
     return change(torch.tensor(values, dtype=torch.float32), name=name, seed=seed).numpy()
-
-
-@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.label)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(6, 5), (2, 3, 4), (7,), (1,), (), (0,), (3, 0)], ids=str)
-def test_shape_and_dtype_stay(change: Change, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    values = torch.arange(np.prod(shape, dtype=int)).sub(5).div(4)
-    tensor = values.reshape(shape).to(dtype)
-    before = tensor.clone()
-    found = change(tensor, name="w", seed=0)
-    assert (found.shape, found.dtype, found.device) == (tensor.shape, dtype, tensor.device)
-    # The values are exact in every dtype, and so is what becomes of them.
-    torch.testing.assert_close(found.float(), change(tensor.float(), name="w", seed=0), rtol=0, atol=0)
-    torch.testing.assert_close(tensor, before, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.label)
-def test_how_a_tensor_lies_in_memory_does_not_matter(change: Change) -> None:
-    tensor = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
-    strided = tensor.t().contiguous().t()
-    assert not strided.is_contiguous()
-    found = change(strided, name="w", seed=3)
-    torch.testing.assert_close(found, change(tensor, name="w", seed=3), rtol=0, atol=0)
 
 
 @given(values=VALUES, factor=st.sampled_from([0.25, 1.0, 3.0, 1e-3]))
@@ -64,7 +40,7 @@ def test_a_factor_is_finite_and_above_zero(factor: float) -> None:
 @pytest.mark.parametrize("kind", [Clipped, Topless])
 @pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
 def test_a_share_is_one(kind: type[Clipped] | type[Topless], share: float) -> None:
-    with pytest.raises(ValueError, match=r"share must be in \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"share must be a number in \[0, 1\]"):
         kind(share)
 
 
@@ -122,7 +98,6 @@ def test_the_ends_of_a_share(values: list[float]) -> None:
         assert changed(kind(1.0), values).tolist() == [0.0] * len(values)
 
 
-@settings(deadline=None, max_examples=20)
 @given(share=SHARES, values=VALUES)
 def test_clipped_and_topless_share_what_they_leave(share: float, values: list[float]) -> None:
     """What neither changes is equal; where nothing is tied, topless zeroes what clipped cuts."""
@@ -132,13 +107,11 @@ def test_clipped_and_topless_share_what_they_leave(share: float, values: list[fl
     np.testing.assert_array_equal(clipped[topless != 0], tensor[topless != 0])
 
 
-@settings(deadline=None)
 @given(values=VALUES, seed=st.integers(0, 2**40), name=st.text(max_size=5))
 def test_permuted_keeps_the_multiset(values: list[float], seed: int, name: str) -> None:
     assert sorted(changed(Permuted(), values, name, seed).tolist()) == sorted(values)
 
 
-@settings(deadline=None)
 @given(values=VALUES, seed=st.integers(0, 2**40), name=st.text(max_size=5))
 def test_redrawn_signs_keep_sizes_in_their_places(values: list[float], seed: int, name: str) -> None:
     np.testing.assert_array_equal(np.abs(changed(SignsRedrawn(), values, name, seed)), np.abs(exact(values)))
