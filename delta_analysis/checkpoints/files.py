@@ -49,11 +49,6 @@ def read_header(file: Path) -> dict[str, TensorReference]:
 
     Nothing in a pickle is executed: it is read as data, whether it lies in a zip archive or in the
     form that torch had before version 1.6.
-
-    Raises
-    ------
-    CheckpointError
-        A file that is damaged, or a pickle of anything but tensors.
     """
     references = _torch_header(file) if file.suffix == ".bin" else _safetensors_header(file)
     for name, reference in references.items():

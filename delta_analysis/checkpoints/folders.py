@@ -24,14 +24,7 @@ MOST_JSON = 2**25
 
 
 def read_folder(path: Path) -> dict[str, TensorReference]:
-    """The tensors of a checkpoint's directory, or of a single weight file, by name.
-
-    Raises
-    ------
-    CheckpointError
-        No weights, a missing shard, an index that contradicts its shards or leads out of the
-        directory, a name that two files hold.
-    """
+    """The tensors of a checkpoint's directory, or of a single weight file, by name."""
     if not path.is_dir():
         return read_header(_regular(path))
     found: dict[str, TensorReference] = {}
@@ -76,7 +69,10 @@ def _weight_files(path: Path) -> dict[Path, tuple[set[str], str]]:
         if (path / single).exists():
             return {path / single: (set(), "")}
         if (path / index).exists():
-            return _indexed(path / index)
+            promised = read_index(path / index)
+            if absent := [shard for shard in promised if not (path / shard).exists()]:
+                raise CheckpointError(f"{path / absent[0]}: named in {index} but absent; fetch the missing shard")
+            return {path / shard: (names, index) for shard, names in promised.items()}
     for _, _, pattern in LAYOUTS:
         files = sorted(path.glob(pattern))
         if files:
@@ -88,7 +84,8 @@ def _weight_files(path: Path) -> dict[Path, tuple[set[str], str]]:
     )
 
 
-def _indexed(index: Path) -> dict[Path, tuple[set[str], str]]:
+def read_index(index: Path) -> dict[str, set[str]]:
+    """The shards that an index names, each with the tensors that are to be in it."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: has no 'weight_map'; fetch the index again")
@@ -106,10 +103,7 @@ def _indexed(index: Path) -> dict[Path, tuple[set[str], str]]:
                 f"{index}: shard {shard!r} lies outside the checkpoint's directory; fetch the index again"
             )
         promised.setdefault(shard, set()).add(name)
-    for shard in sorted(promised):
-        if not (index.parent / shard).exists():
-            raise CheckpointError(f"{index.parent / shard}: named in {index.name} but absent; fetch the missing shard")
-    return {index.parent / shard: (promised[shard], index.name) for shard in sorted(promised)}
+    return {shard: promised[shard] for shard in sorted(promised)}
 
 
 def read_config(path: Path) -> dict[str, Any]:

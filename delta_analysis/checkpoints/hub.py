@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Collection
@@ -14,6 +13,7 @@ from huggingface_hub import constants, errors, get_cached_repo_tree, snapshot_do
 from huggingface_hub.utils import validate_repo_id
 
 from delta_analysis._errors import CheckpointError
+from delta_analysis.checkpoints.folders import read_index
 
 CONFIGS = ("config.json", "adapter_config.json")
 # The first that a repository has is fetched, or its shards: an adapter before its merge, safetensors before pickles.
@@ -40,13 +40,6 @@ def parse_hub_id(source: str) -> HubId | None:
     """What `org/name` or `org/name@revision` names, None if it cannot be a repository on the hub.
 
     A relative path such as `runs/last` has the same form: look for it on the disk first.
-
-    Examples
-    --------
-    >>> parse_hub_id("org/name@refs/pr/1")
-    HubId(repo='org/name', revision='refs/pr/1')
-    >>> parse_hub_id("./org/name") is None
-    True
     """
     repo, at, revision = source.partition("@")
     if "/" not in repo or (at and not REVISION.fullmatch(revision)):
@@ -64,14 +57,6 @@ def fetch_weights(hub: HubId) -> Path:
     Weights are the first of `adapter_model.safetensors`, `adapter_model.bin`, `model.safetensors` and
     `pytorch_model.bin` that stands in the top folder, whole or as shards with an index. The snapshot's
     name is its commit. What the cache has is not fetched again; a complete snapshot needs no network.
-
-    Raises
-    ------
-    CheckpointError
-        A gated or missing repository, a missing revision, no weights of these layouts, or a file that
-        neither the hub nor the cache gives.
-    OSError
-        The cache cannot be written: the disk is full, for example.
     """
     folder, files = _listing(hub)
     pinned = hub._replace(revision=folder.name)
@@ -86,8 +71,8 @@ def fetch_weights(hub: HubId) -> Path:
     index = f"{weights}.index.json"
     if weights in files:
         return _snapshot(pinned, [weights])
-    shards = _shards(_snapshot(pinned, [index]) / index)
-    lost = [name for name in shards if name not in files or "/" in name or not name.endswith(Path(weights).suffix)]
+    shards = read_index(_snapshot(pinned, [index]) / index)
+    lost = [name for name in shards if name not in files or not name.endswith(Path(weights).suffix)]
     if lost:
         raise CheckpointError(
             f"{hub}: {index} names {lost[0]!r}, which is no weight file of the repository or its snapshot {folder} "
@@ -101,11 +86,6 @@ def fetch_tokenizer(hub: HubId) -> Path:
 
     Give it `hub._replace(revision=fetch_weights(hub).name)` for the commit that the weights are of.
     Python files are never fetched, so a tokenizer that is code cannot run.
-
-    Raises
-    ------
-    CheckpointError
-        As for `fetch_weights`; also a repository without a tokenizer.
     """
     folder, files = _listing(hub)
     names = [name for name in sorted(files) if TOKENIZER.fullmatch(name)]
@@ -125,35 +105,34 @@ def _listing(hub: HubId) -> tuple[Path, set[str]]:
 
 def _snapshot(hub: HubId, names: Collection[str]) -> Path:
     """The snapshot with those of the named files in it that the repository has."""
-    page = f"{constants.ENDPOINT}/{hub.repo}"
     try:
         # Patterns match across folders, so each is the name of one file.
         return Path(snapshot_download(hub.repo, revision=hub.revision, allow_patterns=[escape(name) for name in names]))
-    except errors.GatedRepoError as error:
-        raise CheckpointError(
-            f"{hub}: a gated repository: accept its licence on {page} and log in with `hf auth login` or HF_TOKEN, "
-            "or give an ungated mirror of the same weights"
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise CheckpointError(
-            f"{hub}: no such repository on {constants.ENDPOINT}: check its spelling (a local folder: its path); "
-            "a private one needs `hf auth login` or HF_TOKEN"
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise CheckpointError(f"{hub}: no such branch, tag or commit: choose one that {page} has") from error
-    except errors.LocalEntryNotFoundError as error:
-        cached = {name: try_to_load_from_cache(hub.repo, name, revision=hub.revision) for name in names}
-        lost = next(name for name, path in cached.items() if not isinstance(path, str))
-        raise CheckpointError(
-            f"{hub}: {lost} is not in the cache {constants.HF_HUB_CACHE}, and the hub does not give it "
-            f"({error.__cause__ or error}): switch the network on and HF_HUB_OFFLINE off, or give a local folder"
-        ) from error
-    except errors.HTTPError as error:
-        raise CheckpointError(f"{hub}: the hub refused or broke off ({error}): check HF_TOKEN and try again") from error
+    except (errors.HTTPError, errors.LocalEntryNotFoundError) as error:
+        raise CheckpointError(f"{hub}: {_cause(error, hub, names)}") from error
 
 
-def _shards(index: Path) -> list[str]:
-    try:
-        return list(dict.fromkeys(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{index}: no 'weight_map' from tensor to shard; fetch the index again") from error
+def _cause(error: Exception, hub: HubId, names: Collection[str]) -> str:
+    """What went wrong, and what to do."""
+    page = f"{constants.ENDPOINT}/{hub.repo}"
+    match error:
+        case errors.GatedRepoError():
+            return (
+                f"a gated repository: accept its licence on {page} and log in with `hf auth login` or HF_TOKEN, "
+                "or give an ungated mirror of the same weights"
+            )
+        case errors.RepositoryNotFoundError():
+            return (
+                f"no such repository on {constants.ENDPOINT}: check its spelling (a local folder: its path); "
+                "a private one needs `hf auth login` or HF_TOKEN"
+            )
+        case errors.RevisionNotFoundError():
+            return f"no such branch, tag or commit: choose one that {page} has"
+        case errors.LocalEntryNotFoundError():
+            cached = {name: try_to_load_from_cache(hub.repo, name, revision=hub.revision) for name in names}
+            lost = next(name for name, path in cached.items() if not isinstance(path, str))
+            return (
+                f"{lost} is not in the cache {constants.HF_HUB_CACHE}, and the hub does not give it "
+                f"({error.__cause__ or error}): switch the network on and HF_HUB_OFFLINE off, or give a local folder"
+            )
+    return f"the hub refused or broke off ({error}): check HF_TOKEN and try again"

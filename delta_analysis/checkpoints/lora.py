@@ -104,19 +104,8 @@ def adapter_differences(folder: Path) -> tuple[dict[str, LoraProduct], dict[str,
     """The differences that a LoRA adapter makes, without its base and not yet computed.
 
     The scale is alpha / r, or alpha / √r for rsLoRA, where the first of the patterns that matches
-    the end of a module's name sets alpha or r for it.
-
-    Returns
-    -------
-    The name of each weight in the base -> its difference; and the name of each stored tensor that
-    is no factor of one -> why it is left out.
-
-    Raises
-    ------
-    CheckpointError
-        A damaged or incomplete adapter, factors that do not fit each other or the config, or an
-        adapter whose delta is not scale · B A: DoRA and the like, or an initialisation that
-        changes the base.
+    the end of a module's name sets alpha or r for it. Beside the differences: the name of each stored
+    tensor that is no factor of one -> why it is left out.
     """
     config = _read_config(folder / CONFIG)
     rank_of = _by_module(folder / CONFIG, config, "r", "rank_pattern")

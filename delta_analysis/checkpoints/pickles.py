@@ -76,13 +76,7 @@ class View:
 
 
 def read_pickle(stream: BytesIO) -> Any:
-    """The next object in a stream of pickles, with a `View` for each tensor.
-
-    Raises
-    ------
-    ValueError
-        Any instruction that torch does not write for dicts of names and tensors.
-    """
+    """The next object in a stream of pickles, with a `View` for each tensor; an instruction not torch's is an error."""
     stack: list[Any] = []
     marks: list[int] = []
     memo: dict[int, Any] = {}

@@ -39,19 +39,10 @@ def _zips() -> Iterator[tuple[str, bytes]]:
 
         name = record.name
         for other in (
-            "",
-            "../x",
-            "/etc/passwd",
-            name.upper(),
-            "other/" + name.split("/", 1)[1],
-            name + "\0",
-            "archive/data.pkl",
-            "archive/constants.pkl",
-            "archive/.storage_alignment",
-            "archive/data/../data/0",
-            "é",
+            "", "../x", "/etc/passwd", name.upper(), "other/" + name.split("/", 1)[1], name + "\0",
+            "archive/data.pkl", "archive/constants.pkl", "archive/.storage_alignment", "archive/data/../data/0", "é",
             "x" * 60_000,
-        ):
+        ):  # fmt: skip
             yield f"{name} renamed {other[:40]!r}", but(replace(record, name=other))
         yield f"{name} named otherwise in the directory", but(replace(record, central_name="archive/x"))
         yield f"{name} deflated", but(deflated(name, record.content))

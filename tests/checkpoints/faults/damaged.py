@@ -32,37 +32,12 @@ from tests.checkpoints.faults.good import (
 
 DTYPES = "F64 F32 F16 BF16 F8_E4M3 F8_E5M2 F8_E8M0 F6_E2M3 F4 I64 U64 I32 U32 I16 U16 I8 U8 BOOL C64 f32".split()
 NAMES = (
-    "",
-    ".",
-    "..",
-    "../../etc/passwd",
-    "/etc/passwd",
-    "a\nb",
-    "a\0b",
-    "\r",
-    "é",
-    "\U0001f600",
-    "x" * 100_000,
-    "..weight",
-    "layers." + "9" * 25 + ".weight",
-    "layers." + "9" * 5000 + ".weight",
-    "layers.٣.weight",
-    "layers.-1.weight",
-    "%s{0}{name!r}",
-    "__metadata__",
-    "lm_head.weight",
-    "cls.predictions.decoder.weight",
-    "model." * 1000 + "weight",
-    "attn.bias",
-    "rotary_emb.inv_freq",
-    f"base_model.model.{EMBEDDING}",
-    "weight",
-    ".weight",
-    "\\",
-    "a b",
-    "\u202e",
-    "a.lora_A.weight",
-)
+    "", ".", "..", "../../etc/passwd", "/etc/passwd", "a\nb", "a\0b", "\r", "é", "\U0001f600", "x" * 100_000,
+    "..weight", "layers." + "9" * 25 + ".weight", "layers." + "9" * 5000 + ".weight", "layers.٣.weight",
+    "layers.-1.weight", "%s{0}{name!r}", "__metadata__", "lm_head.weight", "cls.predictions.decoder.weight",
+    "model." * 1000 + "weight", "attn.bias", "rotary_emb.inv_freq", f"base_model.model.{EMBEDDING}", "weight",
+    ".weight", "\\", "a b", "\u202e", "a.lora_A.weight",
+)  # fmt: skip
 WHOLE = save(TENSORS)
 LENGTH = int.from_bytes(WHOLE[:8], "little")
 HEADER, DATA = WHOLE[8 : 8 + LENGTH], WHOLE[8 + LENGTH :]
@@ -121,18 +96,9 @@ def _safetensors() -> Iterator[tuple[str, Content]]:
         yield f"only {name[:60]!r}", around({name: {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}, bytes(8))
         yield f"large {name[:60]!r}", save({**TENSORS, name: TENSORS[EMBEDDING].clone()})
     for shape in (
-        [2**63, 0],
-        [0, 2**63],
-        [2**62, 4, 0],
-        [0, 2**62, 4],
-        [0] * 100,
-        [1] * 60,
-        [1] * 70,
-        [2**64 - 1, 0],
-        [0] * 5000,
-        [2**31, 2**31, 0],
-        [1] * 2000,
-    ):
+        [2**63, 0], [0, 2**63], [2**62, 4, 0], [0, 2**62, 4], [0] * 100, [1] * 60, [1] * 70, [2**64 - 1, 0],
+        [0] * 5000, [2**31, 2**31, 0], [1] * 2000,
+    ):  # fmt: skip
         size = 0 if 0 in shape else 4
         for name in (NORM, "new.weight"):
             about = {"dtype": "F32", "shape": shape, "data_offsets": [0, size]}
@@ -265,31 +231,11 @@ def _index(good: dict[str, Any], text: bytes, one: str, two: str, suffix: str) -
         yield f"shard is {str(value)[:60]}", json.dumps({"weight_map": {**weight_map, NORM: value}}).encode()
         yield f"metadata is {str(value)[:60]}", json.dumps({**good, "metadata": value}).encode()
     for shard in (
-        ".",
-        "..",
-        "../" + one,
-        "/etc/passwd",
-        "/dev/zero",
-        "./" + one,
-        one + "/",
-        one + "\0",
-        "~/" + one,
-        "x" * 5000,
-        one.upper(),
-        one + " ",
-        "sub/" + one,
-        "..\\" + one,
-        "é.bin",
-        "\ud800.bin",
-        "config.json",
-        f"*{suffix}",
-        "nothing" + suffix,
-        f"../{'../' * 20}etc/passwd",
-        "file:///etc/passwd",
-        "https://example.org/a" + suffix,
-        "%2e%2e/" + one,
-        index_of(suffix),
-    ):
+        ".", "..", "../" + one, "/etc/passwd", "/dev/zero", "./" + one, one + "/", one + "\0", "~/" + one,
+        "x" * 5000, one.upper(), one + " ", "sub/" + one, "..\\" + one, "é.bin", "\ud800.bin", "config.json",
+        f"*{suffix}", "nothing" + suffix, f"../{'../' * 20}etc/passwd", "file:///etc/passwd",
+        "https://example.org/a" + suffix, "%2e%2e/" + one, index_of(suffix),
+    ):  # fmt: skip
         yield f"shard {shard[:60]!r}", json.dumps({"weight_map": {**weight_map, NORM: shard}}).encode()
         yield f"all in {shard[:60]!r}", json.dumps({"weight_map": dict.fromkeys(weight_map, shard)}).encode()
     for name in NAMES[::3]:
@@ -333,20 +279,9 @@ def _config(text: bytes) -> Iterator[tuple[str, Content]]:
         "head_dim",
     )
     for key in (
-        *keys,
-        "rope_theta",
-        "hidden_act",
-        "num_attention_heads",
-        "architectures",
-        "auto_map",
-        "dtype",
-        "num_labels",
-        "id2label",
-        "num_hidden_layers",
-        "transformers_version",
-        "sliding_window",
-        "to_dict",
-    ):
+        *keys, "rope_theta", "hidden_act", "num_attention_heads", "architectures", "auto_map", "dtype", "num_labels",
+        "id2label", "num_hidden_layers", "transformers_version", "sliding_window", "to_dict",
+    ):  # fmt: skip
         for value in (*FEW, {"rope_theta": []}, {"model_type": []}):
             yield f"{key} is {str(value)[:60]}", json.dumps({**good, key: value}).encode()
     for key in keys:

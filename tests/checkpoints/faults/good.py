@@ -24,25 +24,9 @@ EMBEDDING, WIDE, NORM = "model.embed_tokens.weight", "model.layers.0.up.weight",
 HALVES = ([EMBEDDING, NORM], [WIDE, "s"])
 NUMBERS = (-1, 0, 1, 2**20, 2**31, 2**32, 2**40, 2**62, 2**63 - 1, 2**63, 2**64, 2**70, 10**400)
 WRONG: tuple[Any, ...] = (
-    *NUMBERS,
-    -(2**63),
-    0.5,
-    1.0,
-    1e308,
-    True,
-    None,
-    "",
-    "0",
-    "F32",
-    "\0",
-    [],
-    {},
-    [[]],
-    [None],
-    ["0"],
-    [0.0],
+    *NUMBERS, -(2**63), 0.5, 1.0, 1e308, True, None, "", "0", "F32", "\0", [], {}, [[]], [None], ["0"], [0.0],
     {"a": 1},
-)
+)  # fmt: skip
 """Values for any place in a header or an index."""
 FEW: tuple[Any, ...] = (-1, 0, 2**31, 2**40, 2**63, 10**400, 0.5, True, None, "", "0", [], {})
 """And for any place in a configuration or a pickle, which have more."""
