@@ -78,11 +78,7 @@ def elected(
     election every entry that is not zero counts. Where none does, the result is 0; an entry that is NaN
     makes it NaN. The arithmetic is float64.
 
-    Parameters
-    ----------
-    deltas : float32 on the CPU, of one shape.
-    weights : one a delta.
-    fuse : `"mean"`, over the sizes |w_k| of the weights of the entries that count, or `"sum"`.
+    The mean divides by the sizes |w_k| of the weights of the entries that count. All deltas are float32 on the CPU.
     """
     if slack is not None:
         slack.check(len(deltas))
@@ -102,12 +98,7 @@ def outvoted(
 ) -> tuple[int, int, int]:
     """Of the entries of one delta, how many are not zero, meet one of the other sign in the other, lose the election.
 
-    The deltas are float32 on the CPU, of one shape, without NaN. The rule is that of `elected`.
-
-    Examples
-    --------
-    >>> outvoted(torch.tensor([1.0, -1.0, -1.0, 0.0]), torch.tensor([-1.0, 1.0, 0.5, 2.0]), (1.0, 1.0))
-    (3, 3, 1)
+    The deltas are float32 on the CPU, without NaN. The rule is that of `elected`.
     """
     limits, shares, beside = _limits(slack), np.array(weights, dtype=np.float64), other.reshape(-1)
 

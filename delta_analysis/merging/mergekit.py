@@ -57,31 +57,11 @@ def mergekit_recipe(
 ) -> str | None:
     """The configuration, YAML text, with which mergekit does the same merge; None where it cannot.
 
-    It has `Average`, `TaskArithmetic`, `Ties` within `"tensor"` and without slack, and `Della` with
-    rank `"row"` and its election, each after at most one way of dropping entries: `Dare`, `Magnitude`
+    It has `Average`, `TaskArithmetic`, `Ties` within `"tensor"` and without slack, and `Della` within `"row"`
+    and with its election, each after at most one way of dropping entries: `Dare`, `Magnitude`
     in a tensor, or `MagPrune` by row, at a rate for each model; with an elected mean, for weights of
     at least 0. Comments say where its arithmetic is another. All models have to be folders, which are
     given by their full paths, or hub ids.
-
-    Parameters
-    ----------
-    base, deltas, method, pruners, weights : as `merge` has checked them, one pruner and weight a delta.
-
-    Examples
-    --------
-    >>> import delta_analysis as da
-    >>> deltas = [da.load_delta(base="zoo:tiny/base", finetuned=f"zoo:tiny/{name}") for name in ("instruct", "math")]
-    >>> text = mergekit_recipe("zoo:tiny/base", deltas, da.merging.TaskArithmetic(0.5), [da.Dare(0.9)] * 2, [1.0, 2.0])
-    >>> print("".join(line for line in text.splitlines(keepends=True) if line[0] != "#"))  # doctest: +ELLIPSIS
-    merge_method: dare_linear
-    base_model: "/.../data/zoo/tiny/base"
-    models:
-      - model: "/.../data/zoo/tiny/instruct"
-        parameters: {weight: 1.0, density: 0.1}
-      - model: "/.../data/zoo/tiny/math"
-        parameters: {weight: 2.0, density: 0.1}
-    parameters: {normalize: false, rescale: true, lambda: 0.5}
-    dtype: float32
     """
     rule = _rule(method)
     if rule is None or not _are_models(base, deltas) or (method.trim and any(pruners)):

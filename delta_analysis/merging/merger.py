@@ -264,15 +264,7 @@ class Merger:
 
 
 def source_seed(seed: int, position: int) -> int:
-    """The seed under which the delta at a position of a merge is pruned: the merge's own for the first.
-
-    Examples
-    --------
-    >>> source_seed(7, 0)
-    7
-    >>> source_seed(7, 1) == source_seed(7, 1) != source_seed(8, 1)
-    True
-    """
+    """The seed under which the delta at a position of a merge is pruned: the merge's own for the first."""
     if not position:
         return seed
     return int.from_bytes(hashlib.blake2b(f"{seed}/{position}".encode(), digest_size=6).digest(), "little")

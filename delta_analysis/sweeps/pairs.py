@@ -115,11 +115,6 @@ class EditablePair:
         """A model that is base + pruned delta in the edit's scope and fine-tuned elsewhere, while it lasts.
 
         Without an edit it is the fine-tuned one. Afterwards the model is as before, bit for bit.
-
-        Raises
-        ------
-        ValueError
-            A scope that selects nothing, a weight that is NaN or infinite.
         """
         shapes = {name: tensor.dim() for name, tensor in self.delta.items()}
         scoped = {} if edit is None else {name: self.delta[name] for name in in_scope(edit.scope, shapes)}
