@@ -15,7 +15,8 @@ from delta_analysis.reports.claims.claim import CANNOT_TELL, Claim, status
 from delta_analysis.reports.claims.effects import EFFECTS
 from delta_analysis.reports.claims.measures import GIVEN, NotMeasuredError
 from delta_analysis.reports.family import ENCODER_PAIRS, TASK_PAIRS
-from delta_analysis.reports.parameter_checks import ParameterError, made_folder
+from delta_analysis.reports.parameter_checks import ParameterError
+from delta_analysis.reports.parameters import Parameters
 from delta_analysis.reports.session import drop_rate_text, percent
 
 SHOWN: Mapping[str, Callable[[float], str]] = {
@@ -30,21 +31,18 @@ SHOWN: Mapping[str, Callable[[float], str]] = {
 """How a number of each unit is written."""
 
 
-@dataclass(frozen=True)
-class OverviewParameters:
+@dataclass(frozen=True, kw_only=True)
+class OverviewParameters(Parameters):
     """Parameters of 00_overview: `results`, a folder with a subfolder of results for each report."""
 
     results: str
-    out_dir: str
 
-    def __post_init__(self) -> None:
-        if not isinstance(self.results, str) or not self.results:
-            raise ParameterError("results", f"must name the folder of the reports' results; not {self.results!r}")
-        if not result_files(find_input(self.results)):
+    def check(self) -> None:
+        if not self.results or not result_files(self.folder):
             raise ParameterError(
-                "results", f"{self.results}: holds no <report>/results.parquet; run the other notebooks first"
+                "results",
+                f"{self.results or 'is empty'}: holds no <report>/results.parquet; run the other notebooks first",
             )
-        object.__setattr__(self, "out_dir", made_folder(self.out_dir))
 
     @property
     def folder(self) -> Path:

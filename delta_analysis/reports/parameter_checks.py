@@ -6,7 +6,8 @@ whatever it is handed: numbers as text, a single number for a list.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from delta_analysis.evaluation import (
     ExactMatch,
     LmEval,
     TextPerplexity,
-    check_device,
     load_labelled,
     load_questions,
 )
@@ -31,7 +31,20 @@ class ParameterError(ValueError):
     """A notebook parameter with a value that is not allowed."""
 
     def __init__(self, parameter: str, problem: object) -> None:
-        super().__init__(f"parameter {parameter}: {problem}")
+        self.parameter = parameter
+        self.problem = str(problem).removeprefix(f"{parameter} ")
+        super().__init__(f"parameter {parameter}: {self.problem}")
+
+
+@contextmanager
+def blamed_on(parameter: str, *, but: Sequence[str] = ()) -> Iterator[None]:
+    """Errors of values inside are errors of this parameter, unless they name one of those."""
+    try:
+        yield
+    except ParameterError as error:
+        raise ParameterError(error.parameter if error.parameter in but else parameter, error.problem) from error
+    except ValueError as error:
+        raise ParameterError(parameter, error) from error
 
 
 def check_pair(base: str, finetuned: str, **how: Any) -> None:
@@ -41,16 +54,12 @@ def check_pair(base: str, finetuned: str, **how: Any) -> None:
     if not finetuned:
         raise ParameterError("finetuned", "is empty while base is not; give both, or neither (embedded family)")
     for parameter, value in (("base", base), ("finetuned", finetuned)):
-        try:
+        with blamed_on(parameter):
             checkpoint = open_checkpoint(value) if value else None
-        except ValueError as error:
-            raise ParameterError(parameter, error) from error
     if not base and not (checkpoint and checkpoint.is_delta):
         raise ParameterError("base", "is empty while finetuned is not; give both, or neither (embedded family)")
-    try:
+    with blamed_on("base"):
         load_delta(base=base or None, finetuned=finetuned, **how)
-    except ValueError as error:
-        raise ParameterError("base", error) from error
 
 
 def check_model(base: str, finetuned: str) -> None:
@@ -67,63 +76,66 @@ def check_model(base: str, finetuned: str) -> None:
         )
 
 
-def parse_drop_rates(given: Rates) -> tuple[float, ...]:
-    """Sorted drop rates in [0, 1] from a list, a number or text such as `0.1,0.5`; 0 and 1 are added.
-
-    Examples
-    --------
-    >>> parse_drop_rates("0.5, 0.1")
-    (0.0, 0.1, 0.5, 1.0)
-    """
-    parts = given.split(",") if isinstance(given, str) else [given] if isinstance(given, int | float) else given
-    try:
-        rates = {float(part) for part in parts}
-    except (TypeError, ValueError):
-        rates = set()
-    inner = sorted(rates - {0.0, 1.0})
-    if not inner or not all(0 < rate < 1 for rate in inner):
-        raise ParameterError(
-            "drop_rates", f"must be numbers in [0, 1], at least one strictly between, as [0.1, 0.5]; not {given!r}"
-        )
-    return (0.0, *inner, 1.0)
-
-
-def check_integer(parameter: str, value: object, *, low: int) -> None:
-    """An integer of at least `low`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ParameterError(parameter, f"must be an integer of at least {low}; not {value!r}")
-
-
-def check_device_parameter(device: str) -> None:
-    """`cpu`, or a CUDA device that is there."""
-    try:
-        check_device(device)
-    except ValueError as error:
-        raise ParameterError("device", str(error).removeprefix("device ")) from error
-
-
-def made_folder(out_dir: str) -> str:
-    """The folder's full path, a relative one in the repository; made here, so that no work is done in vain."""
-    try:
-        if not isinstance(out_dir, str) or not out_dir:
-            raise NotADirectoryError("no folder is named")
-        folder = resolve(out_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ParameterError("out_dir", f"must name a folder that can be made; not {out_dir!r} ({error})") from error
-    return str(folder)
-
-
-def check_scope(scope: str, relations: Sequence[Relation]) -> None:
+def check_scope(scope: str, relations: Iterable[Relation]) -> None:
     """A scope that selects something of every pair's delta."""
-    if not isinstance(scope, str):
-        raise ParameterError("scope", f"must be text such as all or attention; not {scope!r}")
     for relation in relations:
         delta = load_delta(base=relation.base or None, finetuned=relation.finetuned)
         try:
             delta.select(scope)
         except ValueError as error:
             raise ParameterError("scope", f"{relation.name}: {error}") from error
+
+
+def parse_drop_rates(given: Rates) -> tuple[float, ...]:
+    """Sorted drop rates in [0, 1] from a list, a number or text such as `0.1,0.5`; 0 and 1 are added.
+
+    >>> parse_drop_rates("0.5, 0.1")
+    (0.0, 0.1, 0.5, 1.0)
+    """
+    inner = [rate for rate in _numbers(given) if rate not in (0, 1)]
+    if not inner or not all(0 < rate < 1 for rate in inner):
+        raise ValueError(f"must be numbers in [0, 1], at least one strictly between, as [0.1, 0.5]; not {given!r}")
+    return (0.0, *inner, 1.0)
+
+
+def parse_scalings(given: Rates) -> tuple[float, ...]:
+    """Sorted scalings above 0 from a list, a number or text such as `0.8,1.0`.
+
+    >>> parse_scalings("1, 0.5")
+    (0.5, 1.0)
+    """
+    scalings = _numbers(given)
+    if not scalings or not all(0 < each < float("inf") for each in scalings):
+        raise ValueError(f"must be finite numbers above 0, as [0.5, 1.0]; not {given!r}")
+    return scalings
+
+
+def _numbers(given: Rates) -> tuple[float, ...]:
+    """The numbers of a list or a text, or a single one, sorted; none if one of them is no number."""
+    parts = given.split(",") if isinstance(given, str) else [given] if isinstance(given, int | float) else given
+    try:
+        return tuple(sorted({float(part) for part in parts}))
+    except (TypeError, ValueError):
+        return ()
+
+
+def made_folder(out_dir: str) -> str:
+    """The folder's full path, a relative one in the repository; made here, so that no work is done in vain."""
+    try:
+        if not out_dir:
+            raise NotADirectoryError("no folder is named")
+        folder = resolve(out_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"must name a folder that can be made; not {out_dir!r} ({error})") from error
+    return str(folder)
+
+
+def found_source(source: str) -> str:
+    """A source as given, or its full path if it is a path."""
+    if source and not source.startswith("zoo:") and (path := find_input(source)).exists():
+        return str(path)
+    return source
 
 
 HARNESS = "lm-eval:"
@@ -133,10 +145,10 @@ def evaluation_file(evaluation: str) -> Path | None:
     """The file behind a task name or a path, the sample text if it is empty; None for tasks of the harness."""
     if evaluation in TASKS:
         return questions_file(evaluation)
-    if isinstance(evaluation, str) and evaluation.startswith(HARNESS):
+    if evaluation.startswith(HARNESS):
         return None
-    path = find_input(evaluation) if isinstance(evaluation, str) and evaluation else sample_text_file()
-    if not isinstance(evaluation, str) or not path.is_file():
+    path = find_input(evaluation) if evaluation else sample_text_file()
+    if not path.is_file():
         raise ParameterError(
             "evaluation",
             f"must be one of {', '.join(TASKS)}, a .jsonl file of questions or of texts with labels, {HARNESS}TASK, "

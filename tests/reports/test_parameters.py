@@ -1,7 +1,8 @@
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,10 +10,13 @@ import torch
 from delta_analysis.evaluation import Classification, Evaluation, ExactMatch, LmEval, TextPerplexity
 from delta_analysis.pruning import Dare
 from delta_analysis.reports.family import SIZES, questions_file, sample_text_file
+from delta_analysis.reports.merge_parameters import MergeParameters
 from delta_analysis.reports.parameter_checks import ParameterError
 from delta_analysis.reports.parameters import (
     AblationParameters,
+    ContinualParameters,
     ModelSizeParameters,
+    Parameters,
     ValueRangesParameters,
     trail_pairs,
 )
@@ -20,7 +24,7 @@ from delta_analysis.sweeps.pairs import Edit, Pair
 from tests.conftest import SaveCheckpoint
 
 RANGES = ValueRangesParameters(base="", finetuned="", vocab="common", finetuned_is_delta=False, out_dir="runs/test")
-SHARED = {
+SHARED: dict[str, Any] = {
     "base": "",
     "finetuned": "",
     "drop_rates": [0.5],
@@ -33,42 +37,77 @@ SHARED = {
     "device": "cpu",
     "out_dir": "runs/test",
 }
-ABLATION = AblationParameters(**SHARED)  # type: ignore[arg-type]
+ABLATION = AblationParameters(**SHARED)
 PAIR = {"base": "zoo:small/base", "finetuned": "zoo:small/math"}
 
 
+SWEEP = {name: value for name, value in SHARED.items() if name != "scope"}
+EVERY: dict[type[Parameters], dict[str, Any]] = {
+    ValueRangesParameters: asdict(RANGES),
+    AblationParameters: SHARED,
+    ModelSizeParameters: SHARED,
+    ContinualParameters: {**SWEEP, "other_base": "", "inputs": ""},
+    MergeParameters: {**SWEEP, "continued": "", "continued_evaluation": "", "scalings": 1.0},
+}
+
+
+@pytest.mark.parametrize("kind", EVERY)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"base": "zoo:small/base"}, "parameter finetuned: is empty while base is not"),
-        ({"finetuned": "zoo:small/math"}, "parameter base: is empty while finetuned is not"),
-        ({"base": "zoo:small/bse", "finetuned": "zoo:small/math"}, "parameter base: .*known are .*zoo:small/base"),
-        ({"base": "no/such", "finetuned": "zoo:small/math"}, "parameter base: no/such: no such file or directory"),
-        ({"base": 3, "finetuned": "zoo:small/math"}, "parameter base: must be (a path|sources)"),
-        ({"n_seeds": 1}, "parameter n_seeds: must be an integer of at least 2; not 1"),
-        ({"n_seeds": "5"}, "parameter n_seeds"),
-        ({"n_seeds": True}, "parameter n_seeds"),
-        ({"first_seed": -1}, "parameter first_seed: must be an integer of at least 0"),
-        ({"n_questions": 0}, "parameter n_questions"),
-        ({"device": "cud"}, "parameter device: must be one of cpu"),
-        ({"out_dir": ""}, "parameter out_dir"),
-        ({"out_dir": "README.md"}, "parameter out_dir: must name a folder that can be made"),
-        ({"out_dir": "README.md/below"}, "parameter out_dir: must name a folder that can be made"),
-        ({"chat_template": "yes"}, "parameter chat_template: must be True or False; not 'yes'"),
-        ({"chat_template": 1}, "parameter chat_template: must be True or False; not 1"),
-        ({"scope": "attn"}, "parameter scope: base → instruct: scope 'attn' selects none of the 38 tensors"),
-        ({"scope": 3}, "parameter scope: must be text such as all or attention; not 3"),
-        ({"drop_rates": [2]}, "parameter drop_rates: must be numbers in"),
-        ({"evaluation": 5, **PAIR}, "parameter evaluation: must be one of instruct"),
-        ({"evaluation": "math"}, "parameter evaluation: 'math' needs a pair"),
-        ({"evaluation": "maths", **PAIR}, "parameter evaluation: must be one of instruct, math, code"),
+        ({"base": 3}, "base: must be text, or empty; not 3"),
+        ({"finetuned": None}, "finetuned: must be text"),
+        ({"vocab": "rows"}, "vocab: must be one of 'common', 'error'; not 'rows'"),
+        ({"finetuned_is_delta": "no"}, "finetuned_is_delta: must be True or False; not 'no'"),
+        ({"drop_rates": [2]}, r"drop_rates: must be numbers in \[0, 1\]"),
+        ({"n_seeds": 1}, "n_seeds: must be a whole number of at least 2; not 1"),
+        ({"n_seeds": "5"}, "n_seeds: must be a whole number"),
+        ({"n_seeds": True}, "n_seeds: must be a whole number"),
+        ({"first_seed": -1}, "first_seed: must be a whole number of at least 0"),
+        ({"n_questions": 0}, "n_questions: must be a whole number of at least"),
+        ({"evaluation": 5}, "evaluation: must be text"),
+        ({"evaluation": "math"}, "evaluation: needs base and finetuned"),
+        ({"chat_template": 1}, "chat_template: must be True or False; not 1"),
+        ({"device": "cud"}, "device: must be one of cpu.*; not 'cud'"),
+        ({"scope": 3}, "scope: must be text"),
+        ({"out_dir": ""}, "out_dir: must name a folder"),
+        ({"out_dir": "README.md/below"}, "out_dir: must name a folder that can be made"),
     ],
 )
-def test_wrong_values_are_refused_by_name(change: dict[str, object], message: str) -> None:
-    with pytest.raises(ParameterError, match=message):
-        replace(ABLATION, **change)  # type: ignore[arg-type]
-    with pytest.raises(ParameterError, match=message):
-        ModelSizeParameters(**{**SHARED, **change})  # type: ignore[arg-type]
+def test_each_rule_of_a_field_holds_wherever_the_field_is(
+    kind: type[Parameters], change: dict[str, Any], message: str
+) -> None:
+    if set(change) <= set(EVERY[kind]):
+        with pytest.raises(ParameterError, match=f"^parameter {message}"):
+            kind(**{**EVERY[kind], **change})
+
+
+@pytest.mark.parametrize("kind", EVERY)
+def test_a_cell_gives_its_parameters_and_no_other(kind: type[Parameters]) -> None:
+    cell = {**EVERY[kind], "drop_rates": "0.9, 0.5", "In": ["x"], "_": 3, "UPPER": 1, "say": print}
+    if "drop_rates" not in EVERY[kind]:
+        del cell["drop_rates"]
+    found = kind.from_cell(cell)
+    assert found == kind(**{**EVERY[kind], **{name: cell[name] for name in EVERY[kind]}})
+    with pytest.raises(ParameterError, match=r"^parameter out_dri: is unknown.*mean out_dir\? Known are .*base"):
+        kind.from_cell({**cell, "out_dri": "runs"})
+
+
+@pytest.mark.parametrize("kind", [AblationParameters, ModelSizeParameters])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"base": "zoo:small/base"}, "finetuned: is empty while base is not"),
+        ({"finetuned": "zoo:small/math"}, "base: is empty while finetuned is not"),
+        ({"base": "zoo:small/bse", "finetuned": "zoo:small/math"}, "base: .*known are .*zoo:small/base"),
+        ({"base": "no/such", "finetuned": "zoo:small/math"}, "base: no/such: no such file or directory"),
+        ({"scope": "attn"}, "scope: base → instruct: scope 'attn' selects none of the 38 tensors"),
+        ({"evaluation": "maths", **PAIR}, "evaluation: must be one of instruct, math, code"),
+    ],
+)
+def test_wrong_values_are_refused_by_name(kind: type[AblationParameters], change: dict[str, str], message: str) -> None:
+    with pytest.raises(ParameterError, match=f"^parameter {message}"):
+        kind(**{**SHARED, **change})
 
 
 def test_pairs_that_are_not_homologous_are_refused(save_checkpoint: SaveCheckpoint) -> None:
@@ -91,7 +130,7 @@ def test_the_family_is_the_default() -> None:
 
 def _judged_by(**change: object) -> Evaluation:
     """What a single pair is judged by."""
-    (evaluations,) = replace(ABLATION, **{**PAIR, **change}).evaluations().values()  # type: ignore[arg-type]
+    (evaluations,) = replace(ABLATION, **{**PAIR, **change}).evaluations().values()
     (evaluation,) = evaluations
     return evaluation
 
@@ -135,11 +174,11 @@ def test_the_task_of_an_embedded_encoder_is_known(name: str, task: str) -> None:
 
 
 def test_texts_to_read_are_those_of_the_evaluation_or_the_sample() -> None:
-    of_harness = replace(ABLATION, **PAIR, evaluation="lm-eval:gsm8k")  # type: ignore[arg-type]
+    of_harness = replace(ABLATION, **PAIR, evaluation="lm-eval:gsm8k")
     (((sample,),),) = (of_harness.readable().values(),)
     assert sample == TextPerplexity(sample_text_file().read_text(), name=sample.name)
     assert ABLATION.readable() == ABLATION.evaluations()
-    every = ModelSizeParameters(**SHARED)  # type: ignore[arg-type]
+    every = ModelSizeParameters(**SHARED)
     assert every.readable() == every.evaluations()
 
 
@@ -154,17 +193,9 @@ def test_a_file_of_labels_makes_it_a_classification(tmp_path: Path) -> None:
 
 
 def test_a_task_of_the_harness_has_no_file() -> None:
-    chosen = replace(ABLATION, **PAIR, evaluation="lm-eval:gsm8k", chat_template=True)  # type: ignore[arg-type]
+    chosen = replace(ABLATION, **PAIR, evaluation="lm-eval:gsm8k", chat_template=True)
     assert list(chosen.evaluations().values()) == [(LmEval(("gsm8k",), limit=200, chat_template=True),)]
     assert chosen.evaluation_files() == []
-
-
-def test_a_task_of_the_harness_leaves_the_sample_text_to_read() -> None:
-    sample = TextPerplexity(sample_text_file().read_text(), name=sample_text_file().name)
-    harness = {**PAIR, "evaluation": "lm-eval:gsm8k"}
-    assert list(replace(ABLATION, **harness).readable().values()) == [(sample,)]  # type: ignore[arg-type]
-    assert list(_sizes(**harness).readable().values()) == [(sample,)]  # type: ignore[arg-type]
-    assert ABLATION.readable() == ABLATION.evaluations()
 
 
 def test_the_chat_template_reaches_every_question() -> None:
@@ -188,7 +219,7 @@ def test_a_bare_file_is_measured_but_not_evaluated() -> None:
 
 
 def test_the_evaluation_shown_is_the_one_used() -> None:
-    chosen = replace(ABLATION, **PAIR, evaluation="instruct")  # type: ignore[arg-type]
+    chosen = replace(ABLATION, **PAIR, evaluation="instruct")
     assert chosen.relations()[0].task == "instruct"
     assert chosen.evaluation_files() == [questions_file("instruct")]
 
@@ -197,20 +228,14 @@ def test_seeds_are_consecutive() -> None:
     assert replace(ABLATION, first_seed=7, n_seeds=3).seeds == [7, 8, 9]
 
 
-def test_the_notebooks_share_their_parameters() -> None:
-    names = [field.name for field in fields(AblationParameters)]
-    assert names == [field.name for field in fields(ModelSizeParameters)] == list(SHARED)
-    assert {field.name for field in fields(RANGES)} - {"vocab", "finetuned_is_delta"} < set(names)
-
-
 def _sizes(base: str, finetuned: str, **change: object) -> ModelSizeParameters:
-    return ModelSizeParameters(**{**SHARED, "base": base, "finetuned": finetuned, **change})  # type: ignore[arg-type]
+    return ModelSizeParameters(**{**SHARED, "base": base, "finetuned": finetuned, **change})
 
 
 def test_every_size_of_the_family_is_the_default() -> None:
     parameters = _sizes("", "")
     assert parameters.embedded
-    names = [parameters.pair(relation).name for relation in parameters.relations()]
+    names = [pair.name for pair in parameters.pairs()]
     own = ["base → instruct", "base → math", "code-cpt → code", "base → code"]
     assert names == [f"{size}, {name}" for size in SIZES for name in own]
     assert list(parameters.evaluations()) == names
@@ -222,7 +247,7 @@ def test_every_size_of_the_family_is_the_default() -> None:
 def test_sizes_are_given_with_commas_between() -> None:
     parameters = _sizes("zoo:small/base, zoo:small/code-cpt", "zoo:small/math,zoo:small/code", n_questions=7)
     assert not parameters.embedded
-    assert [parameters.pair(relation) for relation in parameters.relations()] == [
+    assert parameters.pairs() == [
         Pair("small, base → math", "zoo:small/base", "zoo:small/math"),
         Pair("small, code-cpt → code", "zoo:small/code-cpt", "zoo:small/code"),
     ]
@@ -272,5 +297,5 @@ def test_either_side_of_a_known_pair_may_be_another(monkeypatch: pytest.MonkeyPa
         ({"base": "pair:known"}, tuple(PAIR.values())),
         ({"finetuned": "pair:known"}, tuple(PAIR.values())),
     ):
-        for parameters in (replace(RANGES, **given), replace(ABLATION, **given)):  # type: ignore[arg-type]
+        for parameters in (replace(RANGES, **given), replace(ABLATION, **given)):
             assert (parameters.base, parameters.finetuned) == sources
