@@ -18,8 +18,8 @@ from delta_analysis.plots.merging import (
 )
 from delta_analysis.plots.methods import drift_scatter, method_dots, winner_map
 from delta_analysis.plots.noise import (
-    damage_by_noise,
     foretold_scatter,
+    metric_by_noise,
     noise_by_layer,
     recovery_dots,
     shift_rows,
@@ -44,7 +44,6 @@ __all__ = [
     "along_trail",
     "colours",
     "conflicts_by_layer",
-    "damage_by_noise",
     "discards_along_trail",
     "drift_scatter",
     "drop_curves",
@@ -58,6 +57,7 @@ __all__ = [
     "merge_dots",
     "method_colours",
     "method_dots",
+    "metric_by_noise",
     "noise_by_layer",
     "recovery_dots",
     "reference_lines",

@@ -90,10 +90,10 @@ def foretold_scatter(table: pd.DataFrame, *, hue: str = "group", ax: Axes | None
 
 
 def shift_rows(shifts: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """How far interventions shift the damage: measured as a dot with its 95% interval, foretold as a bar; one a row.
+    """How far interventions shift what is lost: measured as a dot with its 95% interval, foretold as a bar; one a row.
 
     `shifts` has `intervention, foretold, measured, low, high` of one pair, all on log(p/(1-p)): how much
-    larger the odds of DARE would have to be to do the same damage. An infinite end is drawn to the axis' end.
+    larger the odds of DARE would have to be to lose as much. An infinite end is drawn to the axis' end.
     """
     ax = ax or plt.gca()
     shifts = shifts.reset_index(drop=True)
@@ -115,7 +115,7 @@ def shift_rows(shifts: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     return legend_below(ax, columns=2)
 
 
-def damage_by_noise(curve: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+def metric_by_noise(curve: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """The metric against the noise in the layers, p/(1-p) times what N/Y comes to, with 95% bands, one line a pair.
 
     `curve` has the columns of `drop_curve` and `noise`. Where noise alone decides, the lines lie on each other.

@@ -17,7 +17,7 @@ from delta_analysis.studies.merging import (
     slack_name,
     trail_outcomes,
 )
-from delta_analysis.studies.rescaling import halves
+from delta_analysis.studies.rescaling import validation_and_test
 
 __all__ = [
     "AFTERWARDS",
@@ -29,11 +29,11 @@ __all__ = [
     "SLACKS",
     "SUM",
     "delta_predictors",
-    "halves",
     "joined",
     "mean_of",
     "saturation",
     "share_of",
     "slack_name",
     "trail_outcomes",
+    "validation_and_test",
 ]

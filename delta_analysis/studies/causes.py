@@ -33,19 +33,9 @@ class Noise:
     """The whole delta plus noise like that of DARE, `δ + ε`: nothing is dropped, the signal stays.
 
     DARE's result is δ plus noise of mean 0 and variance `p/(1-p) · δ²` an entry. Here noise is drawn
-    from a law of another kind, or as if the delta were another one, d; so that it alone differs.
-
-    Parameters
-    ----------
-    drop_rate : p, in [0, 1); the noise is that of DARE at this rate.
-    kind : `dropping`, `ε = DARE(d) - d`, which with d = δ is DARE itself, to the last bit of float32;
-        `gaussian`, `ε = d · √(p/(1-p)) · z` with z standard normal.
-    source : makes d out of δ; None for d = δ.
-
-    Raises
-    ------
-    ValueError
-        A parameter out of its range.
+    from a law of another kind, or as if the delta were another one, d = `source(δ)`; so that it alone differs. With
+    `kind` `dropping`, `ε = DARE(d) - d`, which with d = δ is DARE itself, to the last bit of float32; with
+    `gaussian`, `ε = d · √(p/(1-p)) · z` with z standard normal.
 
     Examples
     --------
@@ -96,41 +86,14 @@ def matched_rate(drop_rate: float, ratio: float) -> float:
     """The drop rate whose noise is that of `drop_rate` on a delta with a noise base `ratio` times as small.
 
     `p/(1-p) · ratio` stays the same, so a delta twice the size, of ratio 4, has a quarter of the odds.
-
-    Parameters
-    ----------
-    drop_rate : p, in (0, 1).
-    ratio : of the other noise base to this one, above 0.
-
-    Examples
-    --------
-    >>> matched_rate(0.5, 1.0), round(matched_rate(0.9, 9.0), 6)
-    (0.5, 0.5)
     """
     return inverse_logit(logit(drop_rate) - float(np.log(ratio)))
 
 
-def damaging_rate(cells: pd.DataFrame, *, kept: float = 0.5) -> float:
-    """The drop rate among those tried at which the share that is kept is nearest to `kept`.
+def rate_keeping(cells: pd.DataFrame, *, kept: float = 0.5) -> float:
+    """The drop rate in (0, 1) among those tried at which the share kept of the untouched metric is nearest to `kept`.
 
-    There a difference in damage shows most.
-
-    Parameters
-    ----------
-    cells : rows of `sweep` for one pair, method and metric, drop rate 0 and one in (0, 1) among them.
-    kept : a share of what the untouched model has above what is left at drop rate 1, in [0, 1].
-
-    Raises
-    ------
-    ValueError
-        No drop rate 0; an untouched model that answers nothing.
-
-    Examples
-    --------
-    >>> outcomes = [[1.0, 1.0], [1.0, 0.0], [0.0, 0.0]]
-    >>> made_up = {"metric": "accuracy", "seed": 0, "drop_rate": [0.0, 0.3, 0.9], "outcomes": outcomes}
-    >>> damaging_rate(pd.DataFrame(made_up))
-    0.3
+    There a difference between edits shows most.
     """
     metric = metric_of(cells)
     shares = kept_shares(metric, outcomes_by_rate(cells))
@@ -143,22 +106,16 @@ def outcomes_by_rate(cells: pd.DataFrame) -> dict[float, np.ndarray]:
 
 
 def equivalent_shift(reference: pd.DataFrame, edited: pd.DataFrame, drop_rate: float) -> Interval:
-    """How much further than `drop_rate` DARE would have to go to do the same damage, on log(p/(1-p)).
+    """How much further than `drop_rate` DARE would have to go to lose as much, on log(p/(1-p)).
 
     The share of the untouched metric that is kept is looked up on DARE's curve, linear between the rates
     tried; where it has the value more than once, on a plateau or by chance, the rate nearest to `drop_rate`
-    counts; less damage than at any rate tried is -∞, more than at any ∞. 0: as much damage as DARE at
+    counts; less lost than at any rate tried is -∞, more than at any ∞. 0: as much as DARE loses at
     `drop_rate`; 1: as much as at odds p/(1-p) that are e times as large.
 
-    Parameters
-    ----------
-    reference : rows of `sweep` for DARE on one pair and metric, drop rate 0 among them.
-    edited : those of one edit, all its seeds; of the same pair, or of another with drop rate 0 among them.
-    drop_rate : what the edit is compared with, in (0, 1).
-
-    Returns
-    -------
-    Interval, 95%, which resamples seeds and items, the same on both sides.
+    `reference` are rows of `sweep` for DARE on one pair and metric, drop rate 0 among them; `edited` those of one edit
+    with all its seeds, of the same pair, or of another with drop rate 0 among them. The 95% interval resamples seeds
+    and items, the same on both sides.
     """
     metric = metric_of(reference)
     curve = outcomes_by_rate(reference)

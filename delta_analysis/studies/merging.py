@@ -13,7 +13,7 @@ import pandas as pd
 from delta_analysis.evaluation import ExactMatch
 from delta_analysis.merging import Average, Della, Fisher, MergeMethod, RegMean, Slack, TaskArithmetic, Ties, Widen
 from delta_analysis.pruning import Dare, Pruner
-from delta_analysis.studies.rescaling import halves
+from delta_analysis.studies.rescaling import validation_and_test
 from delta_analysis.sweeps import (
     MEAN,
     Interval,
@@ -135,7 +135,7 @@ ALL_TASKS = "mean over tasks"
 
 
 def halved(evaluation: ExactMatch) -> tuple[ExactMatch, ExactMatch]:
-    """The questions in two halves (`halves`), one to choose settings on, one to judge them.
+    """The questions in two halves (`validation_and_test`), one to choose settings on, one to judge them.
 
     Examples
     --------
@@ -144,11 +144,11 @@ def halved(evaluation: ExactMatch) -> tuple[ExactMatch, ExactMatch]:
     >>> [len(half.questions) for half in halved(each)]
     [2, 3]
     """
-    choosing, judging = (
+    validation, test = (
         replace(evaluation, questions=tuple(evaluation.questions[i] for i in half))
-        for half in halves(len(evaluation.questions))
+        for half in validation_and_test(len(evaluation.questions))
     )
-    return choosing, judging
+    return validation, test
 
 
 def judge_merges(

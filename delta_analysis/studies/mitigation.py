@@ -12,7 +12,7 @@ import torch
 
 from delta_analysis._errors import checked_number, one_of
 from delta_analysis.pruning import Dare, Law, Lawful, Magnitude, MagPrune, Proportional, Pruner, checked_drop_rate
-from delta_analysis.studies.rescaling import factor_grid, on_half
+from delta_analysis.studies.rescaling import factor_grid, on_test, on_validation
 from delta_analysis.sweeps import kept_interval, lead, metric_of, outcome_matrix
 
 RULES = ("least", "equal")
@@ -24,18 +24,7 @@ STEPS = 200
 
 @dataclass(frozen=True)
 class PerTensor:
-    """A pruner of its own for each tensor.
-
-    Attributes
-    ----------
-    label : what tables and figures call it.
-    drop_rate : p over all tensors, in [0, 1]; it only names what the pruners come to together.
-    pruners : name of each tensor and its pruner.
-
-    Raises
-    ------
-    ValueError
-        When called with a tensor that has no pruner.
+    """A pruner of its own for each tensor, by name; `drop_rate` only says what they come to together.
 
     Examples
     --------
@@ -82,29 +71,8 @@ def allot(noise: pd.DataFrame, numel: Mapping[str, int], drop_rate: float, *, ru
       to the root of the noise base of an entry;
     - equal noise 1/c has `k_l = c a_l/(c a_l + 1)`.
 
-    In both the one number c is found so that the budget is met. A tensor without noise keeps nothing.
-
-    Parameters
-    ----------
-    noise : a table of `layer_noise` with one pruner.
-    numel : name of each tensor of the delta -> its number of entries.
-    drop_rate : p over all entries, in (0, 1).
-    rule : `least` or `equal`.
-
-    Raises
-    ------
-    ValueError
-        An unknown rule, a drop rate at an end; tensors without a share in `noise`; fewer entries with noise
-        than are to be kept.
-
-    Source: this package.
-
-    Examples
-    --------
-    >>> noise = pd.DataFrame({"tensor": ["v", "w"], "noise_share": [0.01, 0.04]})
-    >>> allotted = allot(noise, {"v": 100, "w": 100}, 0.7)
-    >>> [round(pruner.drop_rate, 6) for _, pruner in allotted.pruners]
-    [0.8, 0.6]
+    In both the one number c is found so that the budget is met. A tensor without noise keeps nothing. `noise` is a
+    table of `layer_noise` with one pruner, `numel` has the number of entries of each tensor of the delta.
     """
     if rule not in RULES:
         raise ValueError(one_of("rule", rule, RULES))
@@ -143,23 +111,6 @@ def factors_by_layer(noise: pd.DataFrame, drop_rate: float, weight: float) -> Pe
     with the alignment gain A = S/N, and at least 1. A weight of 0 is DARE, one of 1 the least squared
     error of the layer's output, a large one drop only. DAREx (arXiv 2410.09344) chooses factors by layer
     from its bound, and likewise tunes one number for all layers; this rule is not its own.
-
-    Parameters
-    ----------
-    noise : a table of `layer_noise` with inputs and one pruner.
-    drop_rate : p, in [0, 1).
-    weight : at least 0.
-
-    Raises
-    ------
-    ValueError
-        A negative weight; a drop rate outside [0, 1); a table without signals.
-
-    Examples
-    --------
-    >>> noise = pd.DataFrame({"tensor": ["v", "w"], "signal": [1.0, 3.0], "noise": [1.0, 1.0]})
-    >>> [round(pruner.rescale, 3) for _, pruner in factors_by_layer(noise, 0.5, 1.0).pruners]
-    [1.0, 1.5]
     """
     checked_number("weight", weight, 0, math.inf)
     if checked_drop_rate(drop_rate) == 1:
@@ -177,31 +128,21 @@ def factors_by_layer(noise: pd.DataFrame, drop_rate: float, weight: float) -> Pe
 
 
 @dataclass(frozen=True)
-class LowRank:
+class LowRankResidual:
     """The best low-rank part of each matrix, kept whole, plus DARE of what is left over.
 
     Of the `(1-p) · n` numbers that may be kept of a matrix (m, n'), the share `share` goes to
     `r = ⌊share · (1-p) n / (m + n')⌋` pairs of singular vectors, the others to the entries of the residual
-    that are not dropped. From all that is no matrix entries are dropped as by DARE.
+    that are not dropped. From all that is no matrix entries are dropped as by DARE, as with a share of 0.
 
-    Parameters
-    ----------
-    drop_rate : p, in [0, 1]; 0 changes nothing (up to float32), 1 gives zeros.
-    share : of the numbers kept that goes to the low-rank part, in [0, 1]; with 0 it is DARE.
-
-    Raises
-    ------
-    ValueError
-        A drop rate or share outside [0, 1].
-
-    Source: this package; low-rank plus residual as in Delta-CoMe's comparison, arXiv 2406.08903.
+    Source: low-rank plus residual as in Delta-CoMe's comparison, arXiv 2406.08903.
 
     Examples
     --------
     >>> delta = torch.outer(torch.arange(1.0, 9), torch.arange(1.0, 9))
-    >>> torch.allclose(LowRank(0.7)(delta, name="w", seed=0), delta, atol=1e-3)
+    >>> torch.allclose(LowRankResidual(0.7)(delta, name="w", seed=0), delta, atol=1e-3)
     False
-    >>> torch.allclose(LowRank(0.5)(delta, name="w", seed=0), delta, atol=1e-3)
+    >>> torch.allclose(LowRankResidual(0.5)(delta, name="w", seed=0), delta, atol=1e-3)
     True
     """
 
@@ -249,26 +190,11 @@ FACTORED = ("one factor", "factors by layer")
 """Ways that choose among factors, of which DARE's own is one."""
 
 
-def ways(noise: pd.DataFrame, numel: Mapping[str, int], drop_rate: float) -> dict[str, tuple[Pruner, ...]]:
-    """Ways to drop a share of a delta, each with the pruners that it has to choose from.
+def candidates(noise: pd.DataFrame, numel: Mapping[str, int], drop_rate: float) -> dict[str, tuple[Pruner, ...]]:
+    """Ways to drop a share in (0, 1) of a delta, each with the pruners that it has to choose from.
 
-    Parameters
-    ----------
-    noise : a table of `layer_noise` with inputs and one pruner. Ways that go by it are left out unless it has
-        a row for every tensor, and tensors with noise have enough entries.
-    numel : name of each tensor of the delta -> its number of entries.
-    drop_rate : p, in (0, 1).
-
-    Raises
-    ------
-    ValueError
-        A drop rate of 0 or 1, or outside.
-
-    Examples
-    --------
-    >>> noise = pd.DataFrame({"tensor": ["w"], "signal": [2.0], "noise": [1.0], "noise_share": [0.1]})
-    >>> [round(pruner.drop_rate, 9) for pruner in ways(noise, {"w": 100}, 0.75)["DARE, least noise"]]
-    [0.75]
+    `noise` is a table of `layer_noise` with inputs and one pruner. Ways that go by it are left out unless it has a row
+    for every tensor of `numel`, and tensors with noise have enough entries.
     """
     *inner, _ = factor_grid(drop_rate, FACTORS)
     window = 0.9 * min(drop_rate, 1 - drop_rate)
@@ -289,31 +215,24 @@ def ways(noise: pd.DataFrame, numel: Mapping[str, int], drop_rate: float) -> dic
         "MAGPRUNE": (MagPrune(drop_rate), MagPrune(drop_rate, window)),
         "proportional": (Proportional(drop_rate),),
         "proportional by model": (Proportional(drop_rate, "model"),),
-        "rank + residual": (LowRank(drop_rate),),
+        "rank + residual": (LowRankResidual(drop_rate),),
         "MP": (Magnitude(drop_rate),),
         "MP by row": (Magnitude(drop_rate, within="row"),),
     }
 
 
 def recovered(cells: pd.DataFrame, offered: Mapping[str, Sequence[Pruner]]) -> pd.DataFrame:
-    """How much each way keeps of the untouched metric, on items that chose nothing.
+    """How much each way keeps of the untouched metric, on test items that chose nothing.
 
-    One half of the items chooses, the other judges (`halves`). Where a way has several pruners, the one
-    that keeps most of the metric is chosen with labels, and the one whose output drifts least without;
-    DARE itself is among those that may be chosen for a factor.
+    `cells` are rows of `sweep` for one pair: drop rate 0 and one other, all pruners `offered`, with the metric that
+    judges and `top5_logit_mse` of `OutputDrift` on texts of validation items. Where a way has several pruners, the one
+    that keeps most of the metric on validation items is chosen with labels, and the one whose output drifts least
+    without; DARE itself is among those that may be chosen for a factor.
 
-    Parameters
-    ----------
-    cells : rows of `sweep` for one pair: drop rate 0 and one other, the pruners of all ways, with the
-        metric that judges and the metric `top5_logit_mse` of `OutputDrift` on texts of choosing items.
-    offered : as from `ways`, DARE among them.
-
-    Returns
-    -------
-    DataFrame, one row a `way` and `chosen_by` (`labels`, `no labels`, or `-` where there is no choice):
-    `method`, the pruner; `kept, low, high`, the share of the untouched metric with its 95% interval;
-    `lead` over DARE with `lead_low, lead_high`; `promised`, the share kept on choosing items. Those that
-    promised most come first, so that the first is the best without having been picked by what judges it.
+    One row a `way` and `chosen_by` (`labels`, `no labels`, or `-` where there is no choice): `method`, the pruner;
+    `kept, low, high`, the share kept with its 95% interval; `lead` over DARE with `lead_low, lead_high`; `promised`,
+    the share kept on validation items. Those that promised most come first, so that the first is the best without
+    having been picked by what judges it.
 
     Examples
     --------
@@ -326,10 +245,10 @@ def recovered(cells: pd.DataFrame, offered: Mapping[str, Sequence[Pruner]]) -> p
     drift = cells[(cells["metric"] == DRIFT) & (cells["drop_rate"] > 0)].groupby("method")["value"].mean()
     judged = cells[cells["metric"] != DRIFT]
     metric = metric_of(judged)
-    choosing, judging = on_half(judged, 0), on_half(judged, 1)
-    start = outcome_matrix(judging[judging["drop_rate"] == 0].head(1))
-    chosen_start = outcome_matrix(choosing[choosing["drop_rate"] == 0].head(1)).mean()
-    worth = choosing[choosing["drop_rate"] > 0].groupby("method")["value"].mean()
+    validation, test = on_validation(judged), on_test(judged)
+    start = outcome_matrix(test[test["drop_rate"] == 0].head(1))
+    validation_start = outcome_matrix(validation[validation["drop_rate"] == 0].head(1)).mean()
+    worth = validation[validation["drop_rate"] > 0].groupby("method")["value"].mean()
     worth = worth if metric.larger_is_better else -worth
     (dare,) = offered["DARE"]
     rows = []
@@ -346,10 +265,10 @@ def recovered(cells: pd.DataFrame, offered: Mapping[str, Sequence[Pruner]]) -> p
             }
         )
         for chosen_by, method in choices.items():
-            promised = choosing[(choosing["method"] == method) & (choosing["drop_rate"] > 0)]
-            own = judging[(judging["method"] == method) & (judging["drop_rate"] > 0)]
+            promised = validation[(validation["method"] == method) & (validation["drop_rate"] > 0)]
+            own = test[(test["method"] == method) & (test["drop_rate"] > 0)]
             kept = kept_interval(metric, outcome_matrix(own), start)
-            both = judging[(judging["drop_rate"] == 0) | judging["method"].isin([method, dare.method])]
+            both = test[(test["drop_rate"] == 0) | test["method"].isin([method, dare.method])]
             ahead = lead(both, method, dare.method)
             rows.append(
                 {
@@ -358,7 +277,7 @@ def recovered(cells: pd.DataFrame, offered: Mapping[str, Sequence[Pruner]]) -> p
                     "method": method,
                     **dict(zip(("kept", "low", "high"), kept, strict=True)),
                     **dict(zip(("lead", "lead_low", "lead_high"), ahead, strict=True)),
-                    "promised": float(metric.kept_share(outcome_matrix(promised).mean(), chosen_start)),
+                    "promised": float(metric.kept_share(outcome_matrix(promised).mean(), validation_start)),
                 }
             )
     return pd.DataFrame(rows).sort_values("promised", ascending=False, kind="stable", ignore_index=True)

@@ -33,24 +33,15 @@ def factor_of(cells: pd.DataFrame) -> pd.Series:
 
 
 def best_factors(cells: pd.DataFrame, *, drift: str = "top5_logit_mse") -> pd.DataFrame:
-    """The best factor of each pair and drop rate, by labels and without, judged on questions that did not choose it.
+    """The best factor of each pair and drop rate, chosen on validation questions, judged on test questions.
 
-    One half of the questions chooses, the other judges (`halves`). With labels the factor of the
-    highest accuracy over seeds and choosing questions wins, without labels the one whose output drifts
-    least (`OutputDrift` on texts of choosing questions); of equal ones the largest, nearest to DARE's.
-    DAREx (arXiv 2410.09344) calls their inverses q_v and q_e.
+    `cells` is a sweep of `factor_grid` and of drop rate 0, with an accuracy and the metric `drift` on texts of
+    validation questions. With labels the factor of highest accuracy wins, without that of least drift (q_v and q_e of
+    DAREx, arXiv 2410.09344); of equal ones the largest, nearest to DARE's.
 
-    Parameters
-    ----------
-    cells : a sweep of `factor_grid` at some drop rates, and of drop rate 0, with an accuracy and the
-        metric `drift`, two questions at least.
-
-    Returns
-    -------
-    DataFrame, one row a `pair`, `drop_rate` and `chosen_by` (`labels`, `no labels`): `factor` and its
-    `q`; `dare`, whether it is DARE's own; `kept`, the share of the untouched accuracy it keeps on the
-    judging questions, and `dare_kept`; `lead` over DARE there, with its 95% interval `low, high`;
-    `regret`, how much more the factor chosen with labels keeps, with `regret_low, regret_high`.
+    One row a `pair`, `drop_rate` and `chosen_by` (`labels`, `no labels`): `factor` and its `q`; `dare`, whether it is
+    DARE's own; `kept`, the share of the untouched accuracy, and `dare_kept`; `lead` over DARE with its 95% interval
+    `low, high`; `regret`, how much more the factor chosen with labels keeps, with `regret_low, regret_high`.
     """
     cells = cells.assign(factor=factor_of(cells))
     rows = []
@@ -58,33 +49,42 @@ def best_factors(cells: pd.DataFrame, *, drift: str = "top5_logit_mse") -> pd.Da
         untouched = cells[(cells["pair"] == pair) & (cells["drop_rate"] == 0) & (cells["metric"] == "accuracy")]
         answers = here[here["metric"] == "accuracy"]
         scores = {
-            "labels": on_half(answers, 0).groupby("factor")["value"].mean(),
+            "labels": on_validation(answers).groupby("factor")["value"].mean(),
             "no labels": -here[here["metric"] == drift].groupby("factor")["value"].mean(),
         }
-        judging = on_half(pd.concat([untouched, answers]), 1)
-        start = judging.loc[judging["drop_rate"] == 0, "value"].iloc[0]
+        test = on_test(pd.concat([untouched, answers]))
+        start = test.loc[test["drop_rate"] == 0, "value"].iloc[0]
         own = float(answers["factor"].max())
         for chosen_by, score in scores.items():
             factor = _best(score)
             row = {"pair": pair, "drop_rate": rate, "chosen_by": chosen_by, "factor": factor, "q": 1 / factor}
-            kept = judging[(judging["drop_rate"] > 0)].groupby("factor")["value"].mean() / start
+            kept = test[(test["drop_rate"] > 0)].groupby("factor")["value"].mean() / start
             row |= {"dare": factor == own, "kept": kept[factor], "dare_kept": kept[own]}
             labelled = _best(scores["labels"])
-            ahead, regret = _lead(judging, factor, own), _lead(judging, labelled, factor)
+            ahead, regret = _lead(test, factor, own), _lead(test, labelled, factor)
             row |= {"lead": ahead.value, "low": ahead.low, "high": ahead.high}
             rows.append({**row, "regret": regret.value, "regret_low": regret.low, "regret_high": regret.high})
     return pd.DataFrame(rows)
 
 
-def halves(count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which of `count` questions choose and which judge, drawn once and for all: kinds of questions may alternate."""
+def validation_and_test(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The halves of `count` items that choose and that judge, drawn once and for all: kinds of items may alternate."""
     order = np.random.default_rng(count).permutation(count)
     return np.sort(order[: count // 2]), np.sort(order[count // 2 :])
 
 
-def on_half(cells: pd.DataFrame, half: int) -> pd.DataFrame:
-    """The cells on one half of their items."""
-    outcomes = [np.asarray(values)[halves(len(values))[half]].tolist() for values in cells["outcomes"]]
+def on_validation(cells: pd.DataFrame) -> pd.DataFrame:
+    """The cells on the half of their items that chooses."""
+    return _on_half(cells, 0)
+
+
+def on_test(cells: pd.DataFrame) -> pd.DataFrame:
+    """The cells on the half of their items that judges."""
+    return _on_half(cells, 1)
+
+
+def _on_half(cells: pd.DataFrame, half: int) -> pd.DataFrame:
+    outcomes = [np.asarray(values)[validation_and_test(len(values))[half]].tolist() for values in cells["outcomes"]]
     return cells.assign(outcomes=outcomes, value=[float(np.mean(values)) for values in outcomes])
 
 
@@ -103,12 +103,9 @@ def _lead(cells: pd.DataFrame, factor: float, other: float) -> Interval:
 
 
 def agreement(cells: pd.DataFrame, *, drift: str = "top5_logit_mse") -> pd.DataFrame:
-    """Whether the drift of the output ranks factors as accuracy does.
+    """Spearman's `correlation` over factors of less drift with accuracy, both means over seeds, by `pair, drop_rate`.
 
-    Returns
-    -------
-    DataFrame, one row a `pair` and `drop_rate`: `correlation`, Spearman's, over the factors between the
-    drift's negative and the accuracy, both means over seeds; missing where accuracy does not vary.
+    It is missing where accuracy does not vary.
     """
     cells = cells.assign(factor=factor_of(cells))
     rows = []

@@ -203,7 +203,7 @@ def damage() -> pd.DataFrame:
 
 def test_damage_stands_against_the_noise_with_a_band(damage: pd.DataFrame) -> None:
     _, ax = plt.subplots()
-    assert plots.damage_by_noise(damage, ax=ax) is ax
+    assert plots.metric_by_noise(damage, ax=ax) is ax
     lines = labelled(ax)
     assert list(lines) == ["a → b", "c → d"]
     bands = list(ax.collections)
@@ -227,9 +227,9 @@ def test_damage_stands_against_the_noise_with_a_band(damage: pd.DataFrame) -> No
 
 def test_perplexities_by_noise_have_a_logarithmic_axis(damage: pd.DataFrame) -> None:
     table = damage.assign(metric="perplexity", kind="perplexity", value=damage["value"] + 3, high=damage["high"] + 4)
-    ax = plots.damage_by_noise(table)
+    ax = plots.metric_by_noise(table)
     assert (ax.get_yscale(), ax.get_ylabel()) == ("log", "perplexity")
-    drift = plots.damage_by_noise(table.assign(metric="kl", kind="error"), ax=plt.figure().subplots())
+    drift = plots.metric_by_noise(table.assign(metric="kl", kind="error"), ax=plt.figure().subplots())
     assert (drift.get_yscale(), drift.get_ylabel()) == ("linear", "kl")
     assert drift.get_ylim()[1] > 4
 
@@ -333,7 +333,7 @@ def test_the_legend_stands_below_the_axes_and_their_label(
             "noise": (plots.noise_by_layer, noise),
             "foretold": (plots.foretold_scatter, foretold),
             "shifts": (plots.shift_rows, shifts),
-            "damage": (plots.damage_by_noise, damage),
+            "damage": (plots.metric_by_noise, damage),
         }[figure]
         draw(table, ax=ax)  # type: ignore[operator]
         canvas.draw_without_rendering()
@@ -359,7 +359,7 @@ def test_every_figure_can_be_drawn(
         plots.shift_rows(shifts, ax=axes[2])
         plots.trail_tolerance(trail, ax=axes[3])
         plots.recovery_dots(recoveries, ax=axes[4])
-        plots.damage_by_noise(damage, ax=axes[5])
+        plots.metric_by_noise(damage, ax=axes[5])
         canvas.draw_without_rendering()
         for ax in axes:
             assert all(math.isfinite(limit) for limit in (*ax.get_xlim(), *ax.get_ylim()))

@@ -10,7 +10,7 @@ import pytest
 
 from delta_analysis.reports.claims.effects import EFFECTS
 from delta_analysis.reports.claims.measures import NotMeasuredError
-from delta_analysis.studies.rescaling import halves
+from delta_analysis.studies.rescaling import validation_and_test
 from delta_analysis.sweeps.intervals import Interval
 
 ITEMS, SEEDS = 40, 3
@@ -96,9 +96,9 @@ def test_effects_are_differences_of_the_shares(claim: str, value: float) -> None
 
 
 def test_slack_is_chosen_on_one_half_and_judged_on_the_other() -> None:
-    _, judging = halves(ITEMS)
+    _, test = validation_and_test(ITEMS)
     # At the end slack 3 is the best and answers the first half of the questions, without slack it is the first 0.6.
-    expected = np.mean(judging < 0.5 * ITEMS) - np.mean(judging < 0.6 * ITEMS)
+    expected = np.mean(test < 0.5 * ITEMS) - np.mean(test < 0.6 * ITEMS)
     assert EFFECTS["slack-helps"](results()).value == pytest.approx(expected)
 
 

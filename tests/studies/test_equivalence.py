@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy.special import expit
 from scipy.special import logit as scipy_logit
 
-from delta_analysis.studies.causes import between, damaging_rate, equivalent_shift, matched_rate, outcomes_by_rate
+from delta_analysis.studies.causes import between, equivalent_shift, matched_rate, outcomes_by_rate, rate_keeping
 from delta_analysis.sweeps.intervals import Interval
 
 RATES = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -207,22 +207,22 @@ def test_outcomes_by_rate_are_in_order_of_seeds() -> None:
 
 
 @pytest.mark.parametrize(("kept", "rate"), [(0.5, 0.5), (0.05, 0.9), (0.99, 0.1), (0.71, 0.3), (0.25, 0.7)])
-def test_the_damaging_rate_is_the_one_nearest_to_a_share(kept: float, rate: float) -> None:
+def test_the_rate_keeping_a_share_is_the_one_nearest_to_a_share(kept: float, rate: float) -> None:
     reference = cells(curve([0.9, 0.7, 0.5, 0.3, 0.1]) | {1.0: np.zeros((1, N))})
-    assert damaging_rate(reference, kept=kept) == rate
+    assert rate_keeping(reference, kept=kept) == rate
 
 
-def test_the_damaging_rate_of_a_perplexity() -> None:
+def test_the_rate_keeping_a_share_of_a_perplexity() -> None:
     start = np.full((1, 100), 1.0)
     reference = {0.0: start, 0.2: start + 0.1, 0.6: start + math.log(2), 0.9: start + 3}
-    assert damaging_rate(cells(reference, kind="perplexity")) == 0.6
+    assert rate_keeping(cells(reference, kind="perplexity")) == 0.6
 
 
-def test_the_damaging_rate_needs_an_untouched_model_that_answers() -> None:
+def test_the_rate_keeping_a_share_needs_an_untouched_model_that_answers() -> None:
     with pytest.raises(ValueError, match="include drop rate 0"):
-        damaging_rate(cells({0.5: np.ones((1, 3))}))
+        rate_keeping(cells({0.5: np.ones((1, 3))}))
     with pytest.raises(ValueError, match="always wrong"):
-        damaging_rate(cells({0.0: np.zeros((1, 3)), 0.5: np.zeros((1, 3))}))
+        rate_keeping(cells({0.0: np.zeros((1, 3)), 0.5: np.zeros((1, 3))}))
 
 
 @given(rate=st.floats(0.001, 0.999), ratio=st.floats(1e-4, 1e4))

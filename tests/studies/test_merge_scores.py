@@ -29,7 +29,7 @@ from delta_analysis.studies.merging import (
     scores,
     trail_outcomes,
 )
-from delta_analysis.studies.rescaling import halves
+from delta_analysis.studies.rescaling import validation_and_test
 from delta_analysis.sweeps.comparison import paired_difference
 from delta_analysis.sweeps.intervals import MEAN, metric_interval
 from delta_analysis.sweeps.merges import MergeSource, Merging, merge_source
@@ -81,15 +81,15 @@ def chosen(settings: pd.DataFrame) -> dict[str, Merging]:
 @given(st.integers(4, 60))
 def test_halves_of_the_questions_are_disjoint_and_are_all_of_them(count: int) -> None:
     whole = ExactMatch(tuple(Question(f"{i}", f"{i}") for i in range(count)), name="own", chat_template=True)
-    choosing, judging = halved(whole)
-    one, other = ({question.prompt for question in half.questions} for half in (choosing, judging))
+    validation, test = halved(whole)
+    one, other = ({question.prompt for question in half.questions} for half in (validation, test))
     assert not one & other
     assert one | other == {question.prompt for question in whole.questions}
-    assert len(judging.questions) - len(choosing.questions) == count % 2
+    assert len(test.questions) - len(validation.questions) == count % 2
     # All else is that of the whole, and it is drawn the same each time.
-    assert dataclasses.replace(choosing, questions=whole.questions) == whole
-    assert halved(whole) == (choosing, judging)
-    assert [int(question.prompt) for question in judging.questions] == halves(count)[1].tolist()
+    assert dataclasses.replace(validation, questions=whole.questions) == whole
+    assert halved(whole) == (validation, test)
+    assert [int(question.prompt) for question in test.questions] == validation_and_test(count)[1].tolist()
 
 
 @settings(deadline=None)
@@ -299,10 +299,8 @@ def test_on_a_real_sweep(tmp_path: Path) -> None:
     )
     tasks = ["instruct", "math"]
     whole = [ExactMatch(tuple(da.evaluation.load_questions(questions_file(task), 16)), name=task) for task in tasks]
-    choosing, judging = zip(*map(halved, whole), strict=True)
-    tables = [
-        judge_merges(pairs[0], offered["merging"], half, [0, 1], out_dir=tmp_path) for half in (choosing, judging)
-    ]
+    validation, test = zip(*map(halved, whole), strict=True)
+    tables = [judge_merges(pairs[0], offered["merging"], half, [0, 1], out_dir=tmp_path) for half in (validation, test)]
     assert set(SETTING) <= set(tables[0])
     best = best_settings(tables[0], offered, tasks, ["way"])
     assert best["way"].tolist() == ["task arithmetic", "DARE", "weighted"]

@@ -17,7 +17,7 @@ from scipy.optimize import minimize, minimize_scalar
 import delta_analysis as da
 from delta_analysis.prediction.layers import delta_noise
 from delta_analysis.pruning import Dare, Magnitude, MagPrune, Pruner
-from delta_analysis.studies.mitigation import LowRank, PerTensor, allot, factors_by_layer
+from delta_analysis.studies.mitigation import LowRankResidual, PerTensor, allot, factors_by_layer
 from tests.tiny_family import NORM, QUERY, UP, Reads, make_family
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -310,7 +310,7 @@ def test_in_a_sweep(tmp_path: Path) -> None:
     family = make_family(tmp_path)
     numel = {name: tensor.numel() for name, tensor in family.delta.items()}
     shares = {name: 0.01 * (i + 1) for i, name in enumerate(numel)}
-    pruners: list[Pruner] = [allot(table(shares), numel, 0.5), LowRank(0.5)]
+    pruners: list[Pruner] = [allot(table(shares), numel, 0.5), LowRankResidual(0.5)]
     names = (UP, QUERY, NORM)
     cells = da.sweep([family.pair()], [Dare(0), *pruners], [Reads(names)], [0, 1], tmp_path / "out")
     for pruner in pruners:
@@ -334,7 +334,7 @@ def test_shape_and_dtype_are_kept(dtype: torch.dtype, shape: tuple[int, ...]) ->
     tensor = normal(*shape).to(dtype)
     before = tensor.clone()
     for drop_rate in (0.0, 0.5, 1.0):
-        pruned = LowRank(drop_rate)(tensor, name="w", seed=0)
+        pruned = LowRankResidual(drop_rate)(tensor, name="w", seed=0)
         assert (pruned.shape, pruned.dtype) == (tensor.shape, dtype)
         if drop_rate == 0:
             assert torch.equal(pruned, tensor)
@@ -346,11 +346,11 @@ def test_shape_and_dtype_are_kept(dtype: torch.dtype, shape: tuple[int, ...]) ->
 @pytest.mark.parametrize("drop_rate", [0.3, 0.9, 0.99])
 def test_without_a_share_and_on_all_but_matrices_it_is_dare(drop_rate: float) -> None:
     for tensor, pruner in (
-        (normal(60, 80), LowRank(drop_rate, 0)),
-        (normal(500), LowRank(drop_rate)),
-        (normal(20, 5, 5), LowRank(drop_rate)),
+        (normal(60, 80), LowRankResidual(drop_rate, 0)),
+        (normal(500), LowRankResidual(drop_rate)),
+        (normal(20, 5, 5), LowRankResidual(drop_rate)),
         # Too little to keep for a single pair of vectors.
-        (normal(1, 4), LowRank(drop_rate, 1.0)),
+        (normal(1, 4), LowRankResidual(drop_rate, 1.0)),
     ):
         assert torch.equal(pruner(tensor, name="w", seed=1), Dare(drop_rate)(tensor, name="w", seed=1))
 
@@ -364,7 +364,7 @@ def test_numbers_kept_are_those_of_the_budget(drop_rate: float, share: float) ->
     kept = (1 - drop_rate) * rows * columns
     rank = math.floor(share * kept / (rows + columns))
     assert rank >= 1
-    pruned = LowRank(drop_rate, share)(delta, name="w", seed=3)
+    pruned = LowRankResidual(drop_rate, share)(delta, name="w", seed=3)
     low = best_part(delta, rank)
     rate = 1 - (kept - rank * (rows + columns)) / (rows * columns)
     residual = Dare(rate)(delta - torch.from_numpy(low).float(), name="w", seed=3)
@@ -389,16 +389,16 @@ def rounding(delta: torch.Tensor, drop_rate: float, share: float) -> float:
 def test_a_delta_of_low_rank_is_kept_whole() -> None:
     delta = normal(60, 3) @ normal(3, 90, seed=1)
     for drop_rate, share in ((0.5, 0.5), (0.8, 0.5), (0.9, 1.0)):
-        pruned, bound = LowRank(drop_rate, share)(delta, name="w", seed=0), rounding(delta, drop_rate, share)
+        pruned, bound = LowRankResidual(drop_rate, share)(delta, name="w", seed=0), rounding(delta, drop_rate, share)
         assert bound < 0.01 * delta.std()
         torch.testing.assert_close(pruned, delta, rtol=0, atol=bound)
     # Of what may be kept at 0.9, half is rank 1 only.
-    assert (LowRank(0.9)(delta, name="w", seed=0) - delta).abs().max() > 0.1
+    assert (LowRankResidual(0.9)(delta, name="w", seed=0) - delta).abs().max() > 0.1
 
 
 def test_it_is_unbiased() -> None:
     delta, seeds = normal(30, 40), 2000
-    pruner = LowRank(0.7)
+    pruner = LowRankResidual(0.7)
     drawn = torch.stack([pruner(delta, name="w", seed=seed) for seed in range(seeds)]).double()
     rank = int(0.5 * 0.3 * 1200 / 70)
     rate = 1 - (0.3 * 1200 - rank * 70) / 1200
@@ -411,9 +411,9 @@ def test_it_is_unbiased() -> None:
 def test_low_rank_parameters() -> None:
     for bad in (-0.1, 1.1, math.nan):
         with pytest.raises(ValueError, match=r"share must be a number in \[0, 1\]"):
-            LowRank(0.5, bad)
+            LowRankResidual(0.5, bad)
     with pytest.raises(ValueError, match="drop_rate must be a number"):
-        LowRank(2)
-    assert LowRank(0.5).method == "rank + residual, 50%"
-    assert LowRank(0.5, 0.25).method == "rank + residual, 25%"
-    assert [LowRank(p).random for p in (0, 0.5, 1)] == [False, True, False]
+        LowRankResidual(2)
+    assert LowRankResidual(0.5).method == "rank + residual, 50%"
+    assert LowRankResidual(0.5, 0.25).method == "rank + residual, 25%"
+    assert [LowRankResidual(p).random for p in (0, 0.5, 1)] == [False, True, False]

@@ -15,11 +15,11 @@ from delta_analysis.evaluation import ExactMatch, OutputDrift
 from delta_analysis.prediction.layers import delta_noise
 from delta_analysis.pruning import Dare, Magnitude, MagPrune, Pruner
 from delta_analysis.reports.family import questions_file
-from delta_analysis.studies.mitigation import DRIFT, FACTORS, WEIGHTS, recovered, ways
-from delta_analysis.studies.rescaling import halves
+from delta_analysis.studies.mitigation import DRIFT, FACTORS, WEIGHTS, candidates, recovered
+from delta_analysis.studies.rescaling import validation_and_test
 
 N = 40
-CHOOSING, JUDGING = halves(N)
+CHOOSING, JUDGING = validation_and_test(N)
 P = 0.75
 DARE, ONE, LARGE, WIDE, NARROW, MP = (
     Dare(P),
@@ -38,11 +38,11 @@ OFFERED: dict[str, tuple[Pruner, ...]] = {
 COLUMNS = ["way", "chosen_by", "method", "kept", "low", "high", "lead", "lead_low", "lead_high", "promised"]
 
 
-def answers(choosing: float, judging: float) -> list[float]:
-    """N outcomes, of which these shares of the choosing and of the judging items are right, the first ones."""
+def answers(validation: float, test: float) -> list[float]:
+    """N outcomes, of which these shares of the validation and of the test items are right, the first ones."""
     outcomes = np.zeros(N)
-    outcomes[CHOOSING[: round(choosing * len(CHOOSING))]] = 1
-    outcomes[JUDGING[: round(judging * len(JUDGING))]] = 1
+    outcomes[CHOOSING[: round(validation * len(CHOOSING))]] = 1
+    outcomes[JUDGING[: round(test * len(JUDGING))]] = 1
     return outcomes.tolist()
 
 
@@ -55,11 +55,11 @@ def cell(pruner: Pruner, seed: int, metric: str, outcomes: list[float]) -> dict[
 def made_up(
     found: Mapping[Pruner, tuple[float, float, float]], untouched: tuple[float, float] = (1.0, 1.0)
 ) -> pd.DataFrame:
-    """Pruner -> accuracy on choosing and on judging items, and drift; a random one has two seeds that agree."""
+    """Pruner -> accuracy on validation and on test items, and drift; a random one has two seeds that agree."""
     rows = [cell(Dare(0), 0, "accuracy", answers(*untouched)), cell(Dare(0), 0, DRIFT, [0.0, 0.0])]
-    for pruner, (choosing, judging, drift) in found.items():
+    for pruner, (validation, test, drift) in found.items():
         for seed in (0, 1) if pruner.random else (0,):
-            rows.append(cell(pruner, seed, "accuracy", answers(choosing, judging)))
+            rows.append(cell(pruner, seed, "accuracy", answers(validation, test)))
             rows.append(cell(pruner, seed, DRIFT, [drift - 0.1, drift + 0.1]))
     return pd.DataFrame(rows)
 
@@ -110,7 +110,7 @@ def test_a_way_without_a_choice_has_one_row_and_the_others_two() -> None:
 
 
 def test_what_promised_most_comes_first_whatever_it_keeps() -> None:
-    """The order is that of the choosing half alone: the first has not been picked by what judges it."""
+    """The order is that of the validation half alone: the first has not been picked by what judges it."""
     table = recovered(made_up(FOUND), OFFERED)
     assert table["method"].tolist() == [pruner.method for pruner in (MP, LARGE, NARROW, DARE, ONE, WIDE)]
     assert table["promised"].tolist() == pytest.approx([1.0, 0.9, 0.7, 0.5, 0.4, 0.2])
@@ -140,7 +140,7 @@ def test_dare_itself_may_be_chosen_as_a_factor_but_not_as_a_window() -> None:
 def test_the_share_is_of_the_untouched_metric_on_the_judging_half() -> None:
     found = by_way(recovered(made_up(FOUND, untouched=(0.1, 0.8)), OFFERED))
     assert found["DARE", "-"]["kept"] == pytest.approx(0.6 / 0.8)
-    # What was promised is of the untouched metric on the choosing half.
+    # What was promised is of the untouched metric on the validation half.
     assert found["DARE", "-"]["promised"] == pytest.approx(0.5 / 0.1)
     assert found["MP", "-"]["lead"] == pytest.approx((0.4 - 0.6) / 0.8)
 
@@ -154,9 +154,9 @@ def test_of_perplexities_the_lowest_is_chosen() -> None:
     rng = np.random.default_rng(0)
     start = rng.exponential(size=N)
 
-    def losses(choosing: float, judging: float) -> list[float]:
+    def losses(validation: float, test: float) -> list[float]:
         added = np.zeros(N)
-        added[CHOOSING], added[JUDGING] = choosing, judging
+        added[CHOOSING], added[JUDGING] = validation, test
         return (start + added).tolist()
 
     rows = [cell(Dare(0), 0, "perplexity", start.tolist()), cell(Dare(0), 0, DRIFT, [0.0])]
@@ -174,7 +174,7 @@ def test_of_perplexities_the_lowest_is_chosen() -> None:
 
 
 def test_intervals_are_those_of_the_judging_half_alone() -> None:
-    """Outcomes of the choosing half that are all right or all wrong change no interval."""
+    """Outcomes of the validation half that are all right or all wrong change no interval."""
     one = by_way(recovered(made_up(FOUND), OFFERED))
     other = by_way(recovered(made_up(FOUND | {MP: (0.0, 0.4, 0.5)}), OFFERED))
     assert one["MP", "-"] | {"promised": 0.0} == other["MP", "-"]
@@ -187,7 +187,7 @@ TEXTS = ["reverse abc\n", "spell the word alphabet backwards\n"]
 @pytest.fixture(scope="module")
 def offered() -> dict[str, tuple[Pruner, ...]]:
     delta = da.load_delta(base="zoo:tiny/base", finetuned="zoo:tiny/instruct")
-    return ways(delta_noise(delta, TEXTS), {name: tensor.numel() for name, tensor in delta.items()}, P)
+    return candidates(delta_noise(delta, TEXTS), {name: tensor.numel() for name, tensor in delta.items()}, P)
 
 
 def test_every_way_drops_as_much(offered: dict[str, tuple[Pruner, ...]]) -> None:
@@ -206,7 +206,7 @@ def test_every_way_drops_as_much(offered: dict[str, tuple[Pruner, ...]]) -> None
 @pytest.mark.parametrize("drop_rate", [0.01, 0.5, 0.99])
 def test_ways_exist_at_every_drop_rate(drop_rate: float) -> None:
     noise = pd.DataFrame({"tensor": ["v", "w"], "signal": [1.0, 2.0], "noise": [1.0, 1.0], "noise_share": [0.1, 0.2]})
-    found = ways(noise, {"v": 10, "w": 20}, drop_rate)
+    found = candidates(noise, {"v": 10, "w": 20}, drop_rate)
     assert {pruner.drop_rate for own in found.values() for pruner in own} == {drop_rate}
 
 
@@ -218,7 +218,7 @@ def test_without_noise_of_every_tensor_no_way_goes_by_it(share: list[float]) -> 
     noise = pd.DataFrame({"tensor": ["v", "w"], "signal": 1.0, "noise": 1.0}).head(len(share)).assign(noise_share=share)
     whole = pd.DataFrame({"tensor": ["v", "w"], "signal": 1.0, "noise": 1.0, "noise_share": 0.1})
     numel = {"v": 10, "w": 20}
-    found, expected = ways(noise, numel, P), ways(whole, numel, P)
+    found, expected = candidates(noise, numel, P), candidates(whole, numel, P)
     assert set(expected) - set(found) == BY_NOISE
     assert found == {way: pruners for way, pruners in expected.items() if way not in BY_NOISE}
 
@@ -233,9 +233,9 @@ def test_on_a_real_pair(offered: dict[str, tuple[Pruner, ...]], tmp_path: Path) 
     assert set(table["way"]) == set(offered)
     assert len(table) == sum(1 if len(own) == 1 else 2 for own in offered.values())
     assert table["promised"].is_monotonic_decreasing
-    # The row of DARE by hand: its answers on judging questions.
+    # The row of DARE by hand: its answers on test questions.
     answers = cells[cells["metric"] == "accuracy"]
-    half = halves(24)[1]
+    half = validation_and_test(24)[1]
     dare = answers[(answers["method"] == "DARE") & (answers["drop_rate"] == P)]["outcomes"]
     start = np.mean(np.array(answers[answers["drop_rate"] == 0]["outcomes"].iloc[0])[half])
     own = table[table["way"] == "DARE"].iloc[0]

@@ -16,23 +16,23 @@ from scipy.stats import spearmanr
 
 from delta_analysis.evaluation.drift import OutputDrift
 from delta_analysis.pruning import Dare
-from delta_analysis.studies.rescaling import agreement, best_factors, factor_grid, factor_of, halves
+from delta_analysis.studies.rescaling import agreement, best_factors, factor_grid, factor_of, validation_and_test
 from delta_analysis.sweeps.engine import sweep
 from tests.tiny_family import UP, Reads, make_family
 
 N = 40
-CHOOSING, JUDGING = halves(N)
+CHOOSING, JUDGING = validation_and_test(N)
 COLUMNS = [
     "pair", "drop_rate", "chosen_by", "factor", "q", "dare", "kept", "dare_kept", "lead", "low", "high",
     "regret", "regret_low", "regret_high",
 ]  # fmt: skip
 
 
-def answers(choosing: float, judging: float) -> list[float]:
-    """N outcomes, of which these shares of the choosing and of the judging questions are right, the first ones."""
+def answers(validation: float, test: float) -> list[float]:
+    """N outcomes, of which these shares of the validation and of the test questions are right, the first ones."""
     outcomes = np.zeros(N)
-    outcomes[CHOOSING[: round(choosing * len(CHOOSING))]] = 1
-    outcomes[JUDGING[: round(judging * len(JUDGING))]] = 1
+    outcomes[CHOOSING[: round(validation * len(CHOOSING))]] = 1
+    outcomes[JUDGING[: round(test * len(JUDGING))]] = 1
     return outcomes.tolist()
 
 
@@ -44,12 +44,12 @@ def cell(rescale: object, seed: int, metric: str, outcomes: list[float], rate: f
 def made_up(
     found: Mapping[Any, tuple[float, float, float]], untouched: float = 1.0, rate: float = 0.75
 ) -> pd.DataFrame:
-    """Rescale -> accuracy on choosing and on judging questions, and drift; two seeds that agree."""
+    """Rescale -> accuracy on validation and on test questions, and drift; two seeds that agree."""
     rows = [cell("inverse_keep", 0, "accuracy", answers(untouched, untouched), 0.0)]
     rows.append(cell("inverse_keep", 0, "top5_logit_mse", [0.0, 0.0], 0.0))
-    for rescale, (choosing, judging, drift) in found.items():
+    for rescale, (validation, test, drift) in found.items():
         for seed in (0, 1):
-            rows.append(cell(rescale, seed, "accuracy", answers(choosing, judging), rate))
+            rows.append(cell(rescale, seed, "accuracy", answers(validation, test), rate))
             rows.append(cell(rescale, seed, "top5_logit_mse", [drift - 0.1, drift + 0.1], rate))
     return pd.DataFrame(rows)
 
@@ -80,21 +80,23 @@ def test_factor_of_each_row() -> None:
 
 @given(st.integers(2, 500))
 def test_halves_are_disjoint_and_all(count: int) -> None:
-    choosing, judging = halves(count)
-    assert len(choosing) == count // 2
-    assert np.array_equal(np.sort(np.concatenate([choosing, judging])), np.arange(count))
-    assert (np.diff(choosing) > 0).all()
-    assert (np.diff(judging) > 0).all()
-    assert all(np.array_equal(one, other) for one, other in zip((choosing, judging), halves(count), strict=True))
+    validation, test = validation_and_test(count)
+    assert len(validation) == count // 2
+    assert np.array_equal(np.sort(np.concatenate([validation, test])), np.arange(count))
+    assert (np.diff(validation) > 0).all()
+    assert (np.diff(test) > 0).all()
+    assert all(
+        np.array_equal(one, other) for one, other in zip((validation, test), validation_and_test(count), strict=True)
+    )
 
 
 def test_halves_are_drawn_once_and_for_all() -> None:
     # Other halves would change published results.
-    assert [half.tolist() for half in halves(6)] == [[0, 2, 3], [1, 4, 5]]
+    assert [half.tolist() for half in validation_and_test(6)] == [[0, 2, 3], [1, 4, 5]]
 
 
 def test_both_kinds_of_questions_are_in_both_halves_where_they_alternate() -> None:
-    for half in halves(200):
+    for half in validation_and_test(200):
         assert 30 < (half % 2).sum() < 70
 
 

@@ -20,12 +20,12 @@ from delta_analysis.studies import (
     SETTING,
     SLACKS,
     SUM,
-    halves,
     joined,
     mean_of,
     saturation,
     slack_name,
     trail_outcomes,
+    validation_and_test,
 )
 from delta_analysis.sweeps import MEAN, Interval, kept_interval, outcome_matrix, paired_difference
 
@@ -145,6 +145,6 @@ def slack_helps(results: pd.DataFrame) -> Interval:
     """At the end, with the slack that is best on one half of the questions; on the other half."""
     ends = {way: found[max(found)] for way in map(slack_name, SLACKS) for found in [on_trail(results, way)]}
     plain = on_trail(results, ELECTED)
-    choosing, judging = halves(plain[max(plain)].shape[1])
-    best = max(ends, key=lambda way: ends[way][:, choosing].mean())
-    return paired_difference(ends[best][:, judging], plain[max(plain)][:, judging])
+    validation, test = validation_and_test(plain[max(plain)].shape[1])
+    best = max(ends, key=lambda way: ends[way][:, validation].mean())
+    return paired_difference(ends[best][:, test], plain[max(plain)][:, test])
