@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -209,14 +209,6 @@ def test_pruners_are_applied_in_the_order_given(pair: Delta) -> None:
     assert torch.equal(doubled_first[name], pair[name] * 2 + 1)
 
 
-def test_pruned_takes_dare(pair: Delta) -> None:
-    dare = Dare(0.5)
-    pruned = pair.pruned(dare, seed=3)
-    for name in reversed(LAYERS):
-        assert torch.equal(pruned[name], dare(pair[name], name=name, seed=3))
-        assert 0 < torch.count_nonzero(pruned[name]) < 12
-
-
 def test_summary_by_hand(save_checkpoint: SaveCheckpoint) -> None:
     tensors = {
         "a.weight": torch.tensor([[0.0, 1.0, 2.0, 0.0], [3.0, 4.0, 5.0, 6.0]]),
@@ -236,19 +228,6 @@ def test_summary_by_hand(save_checkpoint: SaveCheckpoint) -> None:
     pd.testing.assert_frame_equal(delta.summary(), expected)
 
 
-def test_summary_without_pruning_drops_nothing(pair: Delta) -> None:
-    summary = pair.summary()
-    assert summary["tensor"].tolist() == LAYERS
-    assert summary["achieved_drop_rate"].tolist() == [0.0] * 4
-    assert summary["zero_before"].tolist() == [0.0] * 4
-
-
-def test_entries_that_were_zero_do_not_count_in_the_drop_rate() -> None:
-    before, after = torch.tensor([0.0, 1.0, 2.0, 3.0]), torch.tensor([-1.0, 0.0, 1.0, 2.0])
-    assert drop_summary("a", before, after)["achieved_drop_rate"] == pytest.approx(1 / 3)
-
-
-@settings(deadline=None)
 @given(
     entries=st.lists(
         st.tuples(st.floats(-9, 9, width=32, allow_subnormal=False), st.booleans()), min_size=1, max_size=50
@@ -527,8 +506,7 @@ def test_without_a_base_every_pruner_prunes_the_weights(coarse: Delta, pruner: P
     afresh = coarse.pruned(pruner, seed=3)
     whole = least_of_all(coarse, 0.6, 3)
     for name, weights in coarse.items():
-        scope = getattr(pruner, "scope", "")
-        expected = whole[name] if scope == "model" else pruner(weights, name=name, seed=3)
+        expected = whole[name] if getattr(pruner, "within", "") == "model" else pruner(weights, name=name, seed=3)
         assert torch.equal(afresh[name], expected)
         assert torch.equal(backwards[name], expected)
         assert pruned.read(name)[1] is None

@@ -25,8 +25,6 @@ from delta_analysis.deltas.delta import Delta, load_delta
 from delta_analysis.deltas.ranges import GROUPS, Grouping, magnitude_histogram, value_ranges
 from delta_analysis.deltas.streaming import tally_delta
 from delta_analysis.deltas.tally import DECILES, MAGNITUDE_QUANTILES, THRESHOLDS
-from delta_analysis.deltas.tally import tally_tensor as tally
-from delta_analysis.pruning import Dare
 from tests.conftest import SaveCheckpoint
 from tests.deltas.test_tally import assert_rows_agree, by_hand, float32, sparse
 
@@ -190,13 +188,6 @@ def test_without_a_base_relative_rms_is_missing(mixed: Delta) -> None:
     assert table["rms"].notna().all()
 
 
-def test_pruned_entries_are_described_as_pruned(mixed: Delta) -> None:
-    row = value_ranges(mixed.pruned(Dare(0.75), seed=1), by="model").iloc[0]
-    left = sum(int(torch.count_nonzero(tensor)) for tensor in mixed.pruned(Dare(0.75), seed=1).values())
-    assert row["zero_share"] == pytest.approx(1 - left / row["numel"], rel=1e-15, abs=0)
-    assert 0.6 < row["zero_share"] < 0.9
-
-
 def test_nan_and_infinite_entries_are_counted_with_a_warning(save_checkpoint: SaveCheckpoint) -> None:
     broken = torch.tensor([[1.0, torch.nan, 3.0], [torch.inf, -torch.inf, 5.0]])
     folder = save_checkpoint("model", {"broken.weight": broken, "whole.weight": torch.tensor([7.0, 9.0])})
@@ -219,23 +210,15 @@ def test_nan_and_infinite_entries_are_counted_with_a_warning(save_checkpoint: Sa
         assert magnitude_histogram(delta)["share"].sum() == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize("by", ["rows", "Layer", "", None])
-def test_an_unknown_grouping_is_refused(mixed: Delta, by: object) -> None:
-    with pytest.raises(ValueError, match="by must be one of") as caught:
-        value_ranges(mixed, by=by)
-    assert str(caught.value) == (f"by must be one of 'tensor', 'place', 'layer', 'module', 'kind', 'model'; not {by!r}")
+def test_an_unknown_grouping_or_number_of_bins_is_refused(mixed: Delta) -> None:
+    with pytest.raises(ValueError, match="^by must be one of 'tensor', 'place', 'layer', 'module', 'kind', 'model';"):
+        value_ranges(mixed, by="rows")  # type: ignore[arg-type]
+    for bins in (0, 2.5):
+        with pytest.raises(ValueError, match="bins_per_decade must be a whole number of at least 1"):
+            magnitude_histogram(mixed, bins_per_decade=bins)  # type: ignore[arg-type]
 
 
-def test_a_pass_over_the_files_finds_what_the_tensors_in_memory_hold(mixed: Delta) -> None:
-    found = tally_delta(mixed).tensors
-    assert found["tensor"].tolist() == list(mixed)
-    for name, row in zip(mixed, found.to_dict("records"), strict=True):
-        assert mixed.base is not None
-        assert row["shape"] == str(tuple(mixed[name].shape))
-        assert {**row, **tally(mixed[name], mixed.base[name]).row()} == row
-
-
-@pytest.mark.parametrize("bins_per_decade", [1, 4, 10])
+@pytest.mark.parametrize("bins_per_decade", [1, 10])
 def test_the_histogram_agrees_with_numpy(save_checkpoint: SaveCheckpoint, bins_per_decade: int) -> None:
     x = float32(sparse(np.random.default_rng(0), 50_000))
     delta = load_delta(base=None, finetuned=save_checkpoint("model", {"a.weight": x}))
@@ -251,7 +234,7 @@ def test_the_histogram_agrees_with_numpy(save_checkpoint: SaveCheckpoint, bins_p
     assert histogram["share"].sum() == pytest.approx(1 - (magnitudes == 0).mean(), rel=1e-12, abs=0)
 
 
-@pytest.mark.parametrize("bins_per_decade", [1, 3, 10])
+@pytest.mark.parametrize("bins_per_decade", [3])
 def test_histogram_bins_are_equal_on_the_logarithmic_axis(mixed: Delta, bins_per_decade: int) -> None:
     histogram = magnitude_histogram(mixed, bins_per_decade=bins_per_decade)
     assert histogram.columns.tolist() == ["low", "high", "share", "density"]
@@ -263,6 +246,8 @@ def test_histogram_bins_are_equal_on_the_logarithmic_axis(mixed: Delta, bins_per
 
 
 def test_histogram_by_hand(save_checkpoint: SaveCheckpoint) -> None:
+    zeros = load_delta(base=None, finetuned=save_checkpoint("zeros", {"a.weight": torch.zeros(4)}))
+    assert magnitude_histogram(zeros)["share"].sum() == 0
     x = torch.tensor([0.0, 0.0, 0.02, -0.03, 0.5, 200.0, -300.0, 0.0])
     histogram = magnitude_histogram(
         load_delta(base=None, finetuned=save_checkpoint("model", {"a.weight": x})), bins_per_decade=1
@@ -272,11 +257,6 @@ def test_histogram_by_hand(save_checkpoint: SaveCheckpoint) -> None:
     assert histogram["density"].tolist() == histogram["share"].tolist()
 
 
-def test_the_histogram_of_zeros_is_empty(save_checkpoint: SaveCheckpoint) -> None:
-    delta = load_delta(base=None, finetuned=save_checkpoint("model", {"a.weight": torch.zeros(4)}))
-    assert magnitude_histogram(delta)["share"].sum() == 0
-
-
 @pytest.mark.parametrize("by", GROUPS)
 def test_ranges_are_written_to_parquet(mixed: Delta, tmp_path: Path, by: Grouping) -> None:
     table = value_ranges(mixed, by=by)
@@ -284,12 +264,6 @@ def test_ranges_are_written_to_parquet(mixed: Delta, tmp_path: Path, by: Groupin
     read = pd.read_parquet(tmp_path / "ranges.parquet")
     pd.testing.assert_frame_equal(read, table, check_dtype=False)
     assert read["layer"].dtype == "Int64"
-
-
-def test_the_histogram_is_written_to_parquet(mixed: Delta, tmp_path: Path) -> None:
-    histogram = magnitude_histogram(mixed)
-    histogram.to_parquet(tmp_path / "histogram.parquet")
-    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "histogram.parquet"), histogram)
 
 
 LLAMA = LlamaConfig(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from delta_analysis.deltas.tally import DECILES, GRID, MAGNITUDE_QUANTILES, THRESHOLDS, Tally
@@ -98,8 +98,7 @@ DISTRIBUTIONS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
 }
 
 
-@pytest.mark.parametrize("name", DISTRIBUTIONS)
-@pytest.mark.parametrize("size", [1, 2, 10, 999, 20_000])
+@pytest.mark.parametrize(("name", "size"), list(zip(DISTRIBUTIONS, [1, 2, 10, 999, 20_000, 17_001, 3], strict=True)))
 def test_all_statistics_agree_with_numpy(name: str, size: int) -> None:
     rng = np.random.default_rng(size)
     values, base = float32(DISTRIBUTIONS[name](rng, size)), float32(rng.normal(size=size))
@@ -128,7 +127,6 @@ def test_statistics_agree_with_closed_forms(distribution: scipy.stats.rv_continu
             assert row[column] == pytest.approx(distribution.ppf((1 + q) / 2), rel=0.006, abs=0)
 
 
-@settings(deadline=None)
 @given(values=st.lists(FLOATS, min_size=1, max_size=60))
 def test_quantiles_are_near_the_order_statistics(values: list[float]) -> None:
     x = np.array(values)
@@ -140,7 +138,6 @@ def test_quantiles_are_near_the_order_statistics(values: list[float]) -> None:
         assert quantiles == pytest.approx(expected, rel=0.005, abs=0)
 
 
-@settings(deadline=None)
 @given(values=st.lists(FLOATS, min_size=1, max_size=60))
 def test_quantiles_rise_and_stay_within_the_range(values: list[float]) -> None:
     row = tally(torch.tensor(values)).row()
@@ -151,7 +148,6 @@ def test_quantiles_rise_and_stay_within_the_range(values: list[float]) -> None:
     assert (row["min"], row["max"], row["abs_max"]) == (min(values), max(values), max(map(abs, values)))
 
 
-@settings(deadline=None)
 @given(values=st.lists(FLOATS | st.sampled_from([0.0, -0.0]), min_size=1, max_size=60))
 def test_moments_and_shares_are_those_of_float64(values: list[float]) -> None:
     x = np.array(values)
@@ -179,12 +175,9 @@ def test_all_equal_entries_have_that_value_as_every_quantile() -> None:
         assert row[column] == pytest.approx(value, rel=1e-12, abs=0)
     for column in ("rms", "abs_max"):
         assert row[column] == pytest.approx(-value, rel=1e-12, abs=0)
+    assert row["std"] == pytest.approx(0.0, abs=1e-15)
     for column in MAGNITUDE_QUANTILES:
         assert row[column] == pytest.approx(-value, rel=0.005, abs=0)
-
-
-def test_all_equal_entries_have_no_spread() -> None:
-    assert tally(torch.full((1000,), 0.1)).row()["std"] == pytest.approx(0.0, abs=1e-15)
 
 
 @pytest.mark.parametrize("spread", [1e-2, 1e-3, 1e-4])
@@ -192,14 +185,6 @@ def test_the_spread_of_norm_weights_around_one_is_that_of_float64(spread: float)
     # Σx²/n - mean² loses the digits that such weights, a model's own with base=None, have in common.
     weights = float32(1 + spread * np.random.default_rng(0).normal(size=4096))
     assert tally(weights).row()["std"] == pytest.approx(weights.numpy().astype(np.float64).std(), rel=1e-11, abs=0)
-
-
-def test_a_single_entry() -> None:
-    row = tally(torch.tensor(0.75)).row()
-    for column in ("min", "max", "mean", "rms", "abs_max", *(f"p{decile}" for decile in DECILES)):
-        assert row[column] == 0.75
-    assert row["std"] == 0.0
-    assert row["zero_share"] == 0.0
 
 
 @pytest.mark.parametrize("values", [torch.zeros(7), -torch.zeros(7)], ids=["plus", "minus"])
@@ -290,7 +275,6 @@ def test_entries_whose_base_is_not_finite_are_left_out(bad: float, dtype: torch.
     assert_rows_agree(row, by_hand(values.numpy(), base.float().numpy()))
 
 
-@settings(deadline=None)
 @given(
     values=st.lists(FLOATS | st.sampled_from([0.0, math.nan, math.inf, -math.inf]), max_size=60),
     cut=st.integers(0, 60),
@@ -308,16 +292,6 @@ def test_counts_of_the_parts_add_up_for_any_split(values: list[float], cut: int)
     assert rows[0]["rms"] == pytest.approx(rows[1]["rms"], rel=1e-13, abs=0, nan_ok=True)
 
 
-@settings(deadline=None)
-@given(parts=st.lists(st.lists(st.integers(-1000, 1000), max_size=20), min_size=3, max_size=3))
-def test_merging_in_any_order_gives_the_whole(parts: list[list[int]]) -> None:
-    a, b, c = (tally(torch.tensor(part, dtype=torch.float32)) for part in parts)
-    whole = tally(torch.tensor([*parts[0], *parts[1], *parts[2]], dtype=torch.float32))
-    for merged in (a + b + c, a + (b + c), c + b + a):
-        assert_same_counts(merged, whole)
-        assert merged.row() == pytest.approx(whole.row(), rel=1e-12, abs=1e-9, nan_ok=True)
-
-
 @pytest.fixture(scope="module")
 def long() -> torch.Tensor:
     """More than two grid blocks."""
@@ -332,18 +306,10 @@ def test_a_split_at_the_grid_gives_the_same_statistics_to_the_last_bit(long: tor
     assert merged.row() == whole.row()
 
 
-def test_blocks_of_the_grid_merged_one_by_one_are_the_whole(long: torch.Tensor) -> None:
-    first, *rest = (tally(block, block) for block in long.split(GRID))
-    for each in rest:
-        first = first + each
-    assert first.row() == tally(long, long).row()
-
-
 def test_a_long_tensor_agrees_with_numpy(long: torch.Tensor) -> None:
     assert_rows_agree(tally(long, long * 2).row(), by_hand(long.numpy(), 2 * long.numpy()))
 
 
-@settings(deadline=None)
 @given(sizes=st.lists(st.integers(0, 40), min_size=1, max_size=6), data=st.data())
 def test_blocks_merged_in_any_order_give_the_same_bits(sizes: list[int], data: st.DataObject) -> None:
     rng = np.random.default_rng(sum(sizes))
