@@ -221,7 +221,7 @@ def test_rescaling_of_another_pair(results: pd.DataFrame) -> None:
 def test_pruning_methods_of_another_pair_by_perplexity(results: pd.DataFrame) -> None:
     assert set(results["pair"]) == {"base → math"}
     assert set(results["table"]) == {"cells", "windows", "errors"}
-    assert {"DARE", "drop only", "MP", "MP + rescale", "MAGPRUNE", "MAGPRUNE by value"} <= set(results["method"])
+    assert {"DARE", "drop only", "MP", "MP + rescale", "MAGPRUNE", "MAGPRUNE by tensor"} <= set(results["method"])
     assert set(results["metric"].dropna()) == {"perplexity"}
 
 

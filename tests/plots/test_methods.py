@@ -8,7 +8,7 @@ from delta_analysis import plots
 
 
 def test_dots_stand_from_the_top_with_their_intervals(curve: pd.DataFrame) -> None:
-    table = curve.head(3).assign(method=["DARE", "MAGPRUNE", "MAGPRUNE by value"])
+    table = curve.head(3).assign(method=["DARE", "MAGPRUNE", "MAGPRUNE by tensor"])
     ax = plots.method_dots(table)
     assert [tick.get_text() for tick in ax.get_yticklabels()] == table["method"].tolist()
     bars, dots = ax.get_lines()[::2], ax.get_lines()[1::2]
