@@ -1,7 +1,7 @@
 """Any checkpoint as a lazy, read-only mapping from name to tensor."""
 
 from delta_analysis.checkpoints.checkpoint import Checkpoint, Source, open_checkpoint, tokenizer_folder
-from delta_analysis.checkpoints.configs import config_differences
+from delta_analysis.checkpoints.configs import config_differences, text_settings
 from delta_analysis.checkpoints.hub import TOKENIZER
 from delta_analysis.checkpoints.lora import STORED_WHOLE, LoraProduct
 from delta_analysis.checkpoints.names import (
@@ -13,6 +13,7 @@ from delta_analysis.checkpoints.names import (
     reading_order,
 )
 from delta_analysis.checkpoints.paths import find_input, find_root, resolve, sha256, written_whole, zoo_names
+from delta_analysis.checkpoints.placement import Converted, ModelMap, Placement, model_class, model_map, settings_of
 from delta_analysis.checkpoints.provenance import content_hash, file_hashes, versions
 from delta_analysis.checkpoints.published import PREFIX, known_pairs, pair_sources
 from delta_analysis.checkpoints.tensors import InFile, InMemory, TensorReference
@@ -23,9 +24,12 @@ __all__ = [
     "STORED_WHOLE",
     "TOKENIZER",
     "Checkpoint",
+    "Converted",
     "InFile",
     "InMemory",
     "LoraProduct",
+    "ModelMap",
+    "Placement",
     "Source",
     "TensorReference",
     "bare_name",
@@ -36,13 +40,17 @@ __all__ = [
     "find_root",
     "input_embedding",
     "known_pairs",
+    "model_class",
+    "model_map",
     "open_checkpoint",
     "output_head",
     "pair_sources",
     "parse_name",
     "reading_order",
     "resolve",
+    "settings_of",
     "sha256",
+    "text_settings",
     "tokenizer_folder",
     "versions",
     "written_whole",

@@ -1,7 +1,8 @@
 """Fine-tuned minus base: what is compared, how large it is, how it is saved."""
 
 from delta_analysis.deltas.alignment import COMPARED, VOCABULARIES, Match, Vocabulary, align
-from delta_analysis.deltas.delta import Delta, load_delta
+from delta_analysis.deltas.delta import Delta, edited_weight, load_delta
+from delta_analysis.deltas.placements import edited_checkpoint, placements
 from delta_analysis.deltas.ranges import GROUPS, LABELS, Grouping, magnitude_histogram, value_ranges
 from delta_analysis.deltas.saving import save_checkpoint
 from delta_analysis.deltas.selection import CLASSIFIER, in_scope, parts_and_layers
@@ -21,10 +22,13 @@ __all__ = [
     "Match",
     "Vocabulary",
     "align",
+    "edited_checkpoint",
+    "edited_weight",
     "in_scope",
     "load_delta",
     "magnitude_histogram",
     "parts_and_layers",
+    "placements",
     "save_checkpoint",
     "tally_delta",
     "value_ranges",

@@ -13,12 +13,16 @@ import pandas as pd
 from delta_analysis._errors import NotHomologousError, one_of
 from delta_analysis.checkpoints import (
     Checkpoint,
+    Converted,
     InFile,
     InMemory,
     LoraProduct,
+    ModelMap,
     TensorReference,
     bare_name,
     input_embedding,
+    model_class,
+    model_map,
     output_head,
     reading_order,
 )
@@ -63,10 +67,12 @@ def align(base: Checkpoint | None, finetuned: Checkpoint, vocab: Vocabulary) -> 
     """
     if vocab not in VOCABULARIES:
         raise ValueError(one_of("vocab", vocab, VOCABULARIES))
-    partners = {} if base is None else _partners(base, finetuned)
+    partners, converted = ({}, []) if base is None else _partners(base, finetuned)
     turned = finetuned if base is None else _with_turned_factors(finetuned, base, partners)
-    matches = [_match(name, partners.get(name), base, turned, vocab) for name in finetuned]
-    taken = set(partners.values())
+    made_of = {name for match in converted for each in (match.finetuned, match.base) for name in _stored(each)}
+    matches = [_match(name, partners.get(name), base, turned, vocab) for name in finetuned if name not in made_of]
+    matches += converted
+    taken = set(partners.values()) | made_of
     if base is not None:
         matches += [_only_in_base(name, base, finetuned) for name in base if name not in taken]
     known = {match.tensor for match in matches} | taken
@@ -78,15 +84,76 @@ def align(base: Checkpoint | None, finetuned: Checkpoint, vocab: Vocabulary) -> 
     return sorted(matches, key=lambda match: reading_order(match.tensor))
 
 
-def _partners(base: Checkpoint, finetuned: Checkpoint) -> dict[str, str]:
-    """Fine-tuned name -> the base's name of the same weight."""
+def _partners(base: Checkpoint, finetuned: Checkpoint) -> tuple[dict[str, str], list[Match]]:
+    """Fine-tuned name -> the base's name of the same weight; and what is the same only inside the model."""
     partners = {name: name for name in finetuned if name in base}
+    converted: list[Match] = []
+    left = [[name for name in side if name not in partners] for side in (finetuned, base)]
+    if all(left):
+        # Two sides with equal names never ask transformers.
+        renamed, converted = _by_parameter(base, finetuned, *left)
+        partners.update(renamed)
     ours, theirs = (_bare_names(name for name in side if name not in partners) for side in (finetuned, base))
     partners.update({name: theirs[bare] for bare, name in ours.items() if bare in theirs})
     head, embedding = output_head(finetuned), input_embedding(base)
     if head and embedding and head not in partners and base.ties_head and output_head(base) is None:
         partners[head] = embedding
-    return partners
+    return partners, converted
+
+
+def _by_parameter(
+    base: Checkpoint, finetuned: Checkpoint, ours: list[str], theirs: list[str]
+) -> tuple[dict[str, str], list[Match]]:
+    """Names that become the same parameter of the model, as transformers loads the two sides."""
+    # An adapter and a bare file of weights have the other side's configuration.
+    tuned_config, base_config = finetuned.config or base.config, base.config or finetuned.config
+    tuned_class = model_class(tuned_config, _shapes(finetuned))
+    alike = tuned_config.get("model_type") == base_config.get("model_type")
+    base_class = tuned_class if alike else model_class(base_config, _shapes(base))
+    if tuned_class is None or base_class is None:
+        return {}, []
+    tuned_side = _parameters(finetuned, ours, model_map(tuned_config, _shapes(finetuned), tuned_class))
+    base_side = _parameters(base, theirs, model_map(base_config, _shapes(base), base_class))
+    renamed: dict[str, str] = {}
+    converted = []
+    for parameter, (name, tuned) in tuned_side.items():
+        partner, start = base_side.get(parameter, ("", None))
+        if start is None:
+            continue
+        if isinstance(tuned, Converted) or isinstance(start, Converted):
+            if tuned.shape == start.shape:
+                parts = max(_stored(tuned), _stored(start), key=len)
+                reason = f"made of {len(parts)} stored tensors such as {parts[0]}"
+                converted.append(Match(parameter, COMPARED, reason, tuned, start, parameter))
+        else:
+            renamed[name] = partner
+    return renamed, converted
+
+
+def _shapes(side: Checkpoint) -> dict[str, tuple[int, ...]]:
+    return {name: reference.shape for name, reference in side.references.items()}
+
+
+def _parameters(side: Checkpoint, names: list[str], found: ModelMap) -> dict[str, tuple[str, TensorReference]]:
+    """Parameter, or the one that it is tied to -> the stored name and where it comes from."""
+    left = set(names)
+    present = {parameter for placement in found.placements for parameter in placement.shapes}
+    made: dict[str, tuple[str, TensorReference]] = {}
+    for placement in found.placements:
+        if not left.issuperset(placement.stored):
+            continue
+        parts = tuple(side.references[name] for name in placement.stored)
+        for parameter in placement.shapes:
+            # A matrix that is stored under its second name only is known by its first.
+            root = found.tied.get(parameter, parameter)
+            known = parameter if root in present else root
+            reference: TensorReference = Converted(parameter, placement, parts) if placement.converts else parts[0]
+            made[known] = parameter if placement.converts else placement.stored[0], reference
+    return made
+
+
+def _stored(reference: TensorReference | None) -> tuple[str, ...]:
+    return reference.placement.stored if isinstance(reference, Converted) else ()
 
 
 def _bare_names(names: Iterable[str]) -> dict[str, str]:
@@ -182,8 +249,8 @@ def coverage_table(matches: list[Match], base: Checkpoint | None, finetuned: Che
     for match in matches:
         # The sides' own references, since those of a match may be cut.
         sides = {
-            "base": base.references.get(match.base_name or match.tensor) if base is not None else None,
-            "finetuned": finetuned.references.get(match.tensor),
+            "base": base.references.get(match.base_name or match.tensor, match.base) if base is not None else None,
+            "finetuned": finetuned.references.get(match.tensor, match.finetuned),
         }
         row: dict[str, object] = {"tensor": match.tensor, "status": match.status, "reason": match.reason}
         for key, reference in sides.items():

@@ -75,18 +75,34 @@ class Delta(Mapping[str, torch.Tensor]):
         tensor, base = self._read(name)
         return tensor, None if base is None else to_float32(base)
 
+    def weight(self, name: str) -> torch.Tensor:
+        """The edited model's weight in float32: base + delta, and the fine-tune's own where an entry is as it was.
+
+        Of a matrix over vocabularies of different sizes these are the rows that both have.
+        """
+        own, base = self._sides(name)
+        whole = self._difference(own, base)
+        start = torch.zeros_like(whole) if base is None else to_float32(base)
+        return edited_weight(start, self._edited(name, whole), whole, None if self.finetuned.is_delta else own)
+
     def _read(self, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The delta's tensor, and the base's as it is stored."""
+        own, base = self._sides(name)
+        return self._edited(name, self._difference(own, base)), base
+
+    def _sides(self, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Fine-tuned and base as they are stored."""
         match = self.compared[name]
         assert match.finetuned is not None
-        tensor, base = match.finetuned.read(), None if match.base is None else match.base.read()
-        if base is None or self.finetuned.is_delta:
-            tensor = to_float32(tensor)
-        else:
-            tensor = _difference(tensor, base)
+        return match.finetuned.read(), None if match.base is None else match.base.read()
+
+    def _difference(self, own: torch.Tensor, base: torch.Tensor | None) -> torch.Tensor:
+        return to_float32(own) if base is None or self.finetuned.is_delta else _difference(own, base)
+
+    def _edited(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         for prune, seed in self._prunes:
             tensor = prune(tensor, name=name, seed=seed)
-        return tensor, base
+        return tensor
 
     @cached_property
     def _prunes(self) -> tuple[tuple[Prune, int], ...]:
@@ -290,6 +306,15 @@ def _difference(finetuned: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
 
     map_blocks(base, subtract)
     return result
+
+
+def edited_weight(
+    start: torch.Tensor, kept: torch.Tensor, whole: torch.Tensor, own: torch.Tensor | None
+) -> torch.Tensor:
+    """`start + kept`, and the fine-tune's own entry where the delta's is kept as it is, which rounding would miss."""
+    if own is None:
+        return start + kept
+    return torch.where(kept == whole, own.to(torch.float32), start + kept)
 
 
 def drop_summary(name: str, before: torch.Tensor, after: torch.Tensor) -> dict[str, object]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -16,8 +17,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from delta_analysis.checkpoints import Source, bare_name, parse_name
-from delta_analysis.deltas import Delta, load_delta
+from delta_analysis.checkpoints import Source, parse_name
+from delta_analysis.deltas import Delta, load_delta, placements
 from delta_analysis.evaluation import Batch, check_texts, finetuned_model, parameters_of, token_batches
 from delta_analysis.prediction.layer_inputs import Isotropic, LayerInputs, Matrix, energy, layer_inputs, positions
 from delta_analysis.pruning import Dare, Law, Lawful, Number, Prune, Pruner, bind
@@ -175,15 +176,25 @@ def _over_batches(
     for batch in batches:
         with _watched(uses, partial(_add, totals, delta, pruners, batch)), torch.inference_mode():
             model(**batch.inputs(model))
+    seen = {use.tensor for use in totals}
+    if missing := [name for name in delta if name not in seen]:
+        warnings.warn(
+            f"{delta.finetuned.source}: {len(missing)} of {len(delta)} tensors are not in the table, such as "
+            f"{missing[0]!r}: they belong to modules that are no linear layer, embedding, norm or bias, such as fused "
+            "experts, or that these inputs do not reach",
+            stacklevel=4,
+        )
     return [(use, totals[use]) for use in uses if use in totals]
 
 
 def _uses(model: PreTrainedModel, delta: Delta) -> Iterator[_Use]:
     """Which module uses which tensor of the delta: a tied one has two uses."""
-    # A checkpoint of a model without its head lacks the prefix that its names have within the whole model.
-    names = {bare_name(name): name for name in delta}
+    parameters = parameters_of(model)
     named = {
-        id(weight): names[bare] for name, weight in parameters_of(model).items() if (bare := bare_name(name)) in names
+        id(parameters[parameter]): placement.stored[0]
+        for placement in placements(delta)
+        for parameter in placement.shapes
+        if not placement.converts
     }
     for path, module in model.named_modules():
         own = dict(module.named_parameters(recurse=False))

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from delta_analysis.checkpoints import PREFIX, open_checkpoint, pair_sources
-from delta_analysis.deltas import in_scope, load_delta
+from delta_analysis.checkpoints import PREFIX, Placement, open_checkpoint, pair_sources
+from delta_analysis.deltas import edited_weight, in_scope, load_delta, placements
 from delta_analysis.evaluation import (
     Evaluation,
     _write,
@@ -87,6 +87,7 @@ class EditablePair:
     pair: Pair
     model: PreTrainedModel = field(repr=False)
     tokenizer: PreTrainedTokenizerBase = field(repr=False)
+    placements: tuple[Placement, ...] = field(repr=False)
     base: dict[str, torch.Tensor] = field(repr=False)
     delta: dict[str, torch.Tensor] = field(repr=False)
     nonzero: dict[str, int] = field(repr=False)
@@ -97,12 +98,14 @@ class EditablePair:
     @classmethod
     def load(cls, pair: Pair, device: str = "cpu") -> EditablePair:
         lazy = load_delta(base=pair.base, finetuned=pair.finetuned)
+        placed = placements(lazy)
         model, tokenizer = finetuned_model(lazy, device)
-        tensors = {name: lazy.read(name) for name in lazy.select()}
+        known = {name for placement in placed for name in placement.stored}
+        tensors = {name: lazy.read(name) for name in lazy.select() if name in known}
         delta = {name: tensor for name, (tensor, _) in tensors.items()}
         base = {name: torch.zeros_like(delta[name]) if start is None else start for name, (_, start) in tensors.items()}
         nonzero = {name: int(torch.count_nonzero(tensor)) for name, tensor in delta.items()}
-        return cls(pair, model, tokenizer, base, delta, nonzero)
+        return cls(pair, model, tokenizer, placed, base, delta, nonzero)
 
     @property
     def nbytes(self) -> int:
@@ -126,13 +129,23 @@ class EditablePair:
             before = sum(int(torch.count_nonzero(tensor)) for tensor in scoped.values())
         left = 0
 
+        untouched = parameters_of(self.model)
+
         def weights(pruner: Pruner) -> Iterator[tuple[str, torch.Tensor]]:
             nonlocal left
             prune = bind(pruner, scoped, seed)
-            for name, tensor in scoped.items():
-                pruned = prune(tensor, name=name, seed=seed)
-                left += int(torch.count_nonzero(pruned))
-                yield name, self.base[name] + pruned
+            for placement in self.placements:
+                # Tensors that are fused in the model are written together, those out of scope as they are.
+                if scoped.keys().isdisjoint(placement.stored):
+                    continue
+                kept = {name: self.delta[name] for name in placement.stored}
+                for name in scoped.keys() & kept:
+                    kept[name] = prune(scoped[name], name=name, seed=seed)
+                    left += int(torch.count_nonzero(kept[name]))
+                pruned, whole, base = (placement.to_model(each) for each in (kept, self.delta, self.base))
+                for parameter, tensor in pruned.items():
+                    own = untouched[parameter][: len(tensor)] if tensor.dim() else untouched[parameter]
+                    yield parameter, edited_weight(base[parameter], tensor, whole[parameter], own.to(tensor.device))
 
         try:
             if edit is not None:
@@ -140,7 +153,6 @@ class EditablePair:
             yield Edited(model, 1 - left / before if before and edit is not None else 0.0)
         finally:
             with torch.no_grad():
-                untouched = parameters_of(self.model)
                 for name, parameter in parameters_of(model).items():
                     parameter.copy_(untouched[name])
             self._copies.append(model)

@@ -144,9 +144,7 @@ def test_an_evaluation_that_writes_into_its_model_does_no_harm(family: Family, l
 @pytest.mark.parametrize(
     ("name", "weight", "message"),
     [
-        ("model.layers.0.extra.weight", torch.ones(2), r"'model\.layers\.0\.extra\.weight' has no place in the model"),
         (NORM, torch.full((8,), torch.nan), "has 8 NaN or infinite entries of 8"),
-        (UP, torch.ones(3, 3), r"has shape \(3, 3\), the model's \(16, 8\)"),
     ],
 )
 def test_a_weight_that_cannot_be_written_is_refused(
@@ -322,7 +320,7 @@ def test_the_finetuned_model_of_an_adapter_is_its_base_with_the_delta(
     stored = weights_of(finetuned_model(delta, dtype="auto")[0])
     assert torch.equal(stored[UP], changed[UP].bfloat16())
     # Without its base there is no model.
-    with pytest.raises(CheckpointError, match=r"has no tokenizer|is no model"):
+    with pytest.raises(CheckpointError, match="holds differences alone; give the base"):
         finetuned_model(load_delta(base=None, finetuned=folder))
 
 

@@ -1,0 +1,68 @@
+"""Compared, edited, saved, foretold and merged: the same exact promises for every architecture."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+import delta_analysis as da
+from delta_analysis.merging import Average
+from delta_analysis.sweeps import Edit, Pair
+from delta_analysis.sweeps.pairs import EditablePair
+from tests.architectures import ARCHITECTURES, moved, outputs, tiny_model
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def models(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """A base and its fine-tune, saved as `base` and `tuned`, and another fine-tune as `other`."""
+    base = tiny_model(request.param)
+    tuned, other = moved(base, seed=1), moved(base, seed=2)
+    for name, model in {"base": base, "tuned": tuned, "other": other}.items():
+        model.save_pretrained(tmp_path / name)
+    return base, tuned
+
+
+def reloaded(model: PreTrainedModel, folder: Path) -> torch.Tensor:
+    again, report = type(model).from_pretrained(folder, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    return outputs(again.eval())
+
+
+def test_it_is_compared_edited_saved_foretold_and_merged(
+    models: tuple[PreTrainedModel, PreTrainedModel], tmp_path: Path
+) -> None:
+    base, tuned = models
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        delta = da.load_delta(base=str(tmp_path / "base"), finetuned=str(tmp_path / "tuned"))
+    assert delta.coverage()["status"].eq("compared").all()
+
+    pair = EditablePair.load(Pair("p", str(tmp_path / "base"), str(tmp_path / "tuned")))
+    with pair.edited(Edit(da.Dare(0.0)), seed=0) as nothing:
+        assert torch.equal(outputs(nothing.model), outputs(tuned))
+    if "classifier" in dict(tuned.named_children()) and hasattr(tuned, "bert"):
+        # A classification head is not dropped from.
+        base.classifier.load_state_dict(tuned.classifier.state_dict())
+    with pair.edited(Edit(da.Dare(1.0, rescale="none")), seed=0) as everything:
+        assert torch.equal(outputs(everything.model), outputs(base))
+    with pair.edited(Edit(da.Dare(0.5)), seed=3) as half:
+        edited = outputs(half.model)
+    assert not torch.equal(edited, outputs(tuned))
+
+    start = da.open_checkpoint(str(tmp_path / "base"))
+    da.save_checkpoint(start, delta, tmp_path / "whole", dtype="float32")
+    assert torch.equal(reloaded(tuned, tmp_path / "whole"), outputs(tuned))
+    da.save_checkpoint(start, delta.select().pruned(da.Dare(0.5), seed=3), tmp_path / "half", dtype="float32")
+    assert torch.equal(reloaded(tuned, tmp_path / "half"), edited)
+
+    other = da.load_delta(base=str(tmp_path / "base"), finetuned=str(tmp_path / "other"))
+    merged = da.merge(start, [delta, other], Average())
+    da.save_checkpoint(start, merged, tmp_path / "merged", dtype="float32")
+    assert reloaded(tuned, tmp_path / "merged").isfinite().all()
+
+    told = da.layer_noise(str(tmp_path / "base"), str(tmp_path / "tuned"))
+    assert set(told["tensor"]) == set(delta)
