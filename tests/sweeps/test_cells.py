@@ -58,6 +58,7 @@ def test_content_is_classes_and_fields() -> None:
             "rescale": "inverse_keep",
         },
         "scope": "attention",
+        "change": None,
     }
     assert content((None, True, 1, 0.5, "a", (Nested(),))) == [None, True, 1, 0.5, "a", [content(Nested())]]
 
