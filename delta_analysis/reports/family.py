@@ -21,7 +21,9 @@ class Relation(NamedTuple):
     @property
     def name(self) -> str:
         finetuned = short_source(self.finetuned)
-        return f"{short_source(self.base)} → {finetuned}" if self.base else finetuned
+        # Decoders and encoders of the family may stand in one table.
+        kind = "encoder " if self.finetuned.startswith("zoo:encoder/") else ""
+        return f"{kind}{short_source(self.base)} → {finetuned}" if self.base else f"{kind}{finetuned}"
 
     @property
     def pair(self) -> Pair:

@@ -1,4 +1,4 @@
-"""What every notebook does at its end: state a finding, write results and where they came from."""
+"""What every notebook does: begin, state a finding, write results and where they came from."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import json
 import math
+import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,10 +22,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from delta_analysis.checkpoints import file_hashes, sha256, versions, written_whole
+from delta_analysis import plots
+from delta_analysis.checkpoints import file_hashes, find_root, sha256, versions, written_whole
 from delta_analysis.deltas import load_delta
 from delta_analysis.evaluation import Evaluation
-from delta_analysis.sweeps import END, HIGHEST, LOWEST, NONE, Interval, Pair
+from delta_analysis.sweeps import END, HIGHEST, LOWEST, NONE, STORE, Interval, Pair
 
 
 def say(sentence: str) -> None:
@@ -131,6 +133,16 @@ def percent_range(shares: pd.Series, digits: int = 0) -> str:
     """
     ends = percent(shares.min(), digits), percent(shares.max(), digits)
     return ends[0] if ends[0] == ends[1] else f"{ends[0]} to {ends[1]}"
+
+
+def begin() -> None:
+    """What every report begins with: one style, small figures, and one store of cells for all of them.
+
+    What one report has measured, the next one reads.
+    """
+    plots.set_style()
+    small_figures()
+    os.environ.setdefault(STORE, str(find_root() / "runs" / "cells"))
 
 
 def small_figures() -> None:

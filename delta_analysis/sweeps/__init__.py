@@ -1,6 +1,6 @@
 """Every pair under every edit, seed and evaluation, as a table with intervals."""
 
-from delta_analysis.sweeps.cells import content, digest
+from delta_analysis.sweeps.cells import STORE, content, digest
 from delta_analysis.sweeps.comparison import best_methods, lead, paired_difference
 from delta_analysis.sweeps.curves import drop_curve, first_metric, outcome_matrix
 from delta_analysis.sweeps.engine import Evaluations, SweepError, evaluations_of, sweep
@@ -51,6 +51,7 @@ __all__ = [
     "NONE",
     "PERPLEXITY",
     "RESAMPLES",
+    "STORE",
     "Edit",
     "Evaluations",
     "Floor",

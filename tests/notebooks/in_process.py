@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import traceback
 from base64 import b64encode
 from pathlib import Path
@@ -17,6 +18,7 @@ from nbformat.v4 import new_output
 from papermill.engines import Engine, NotebookExecutionManager, papermill_engines
 
 from delta_analysis.checkpoints.paths import find_root
+from delta_analysis.sweeps import STORE
 
 TEXT = "23 plus 45 is 68\n\nuser: what does python print for len('abc')?\nbot: 3\n\n>>> 2 + 3\n5\n\n" * 6
 """What `text.txt` holds, which every run finds in its working directory."""
@@ -52,8 +54,9 @@ def _encoded(data: dict[str, Any]) -> dict[str, Any]:
     return {mime: b64encode(each).decode() if isinstance(each, bytes) else each for mime, each in data.items()}
 
 
-def run_notebook(name: str, parameters: dict[str, Any], folder: Path) -> NotebookNode:
+def run_notebook(name: str, parameters: dict[str, Any], folder: Path, cells: Path) -> NotebookNode:
     """The notebook as it was run in the folder, which gets its `results`; only once in a process."""
+    os.environ[STORE] = str(cells)
     # Two processes share two cores.
     torch.set_num_threads(1)
     papermill_engines.register("in process", InProcess)

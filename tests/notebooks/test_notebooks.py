@@ -123,8 +123,10 @@ def runs(
         for item in request.session.items
         if isinstance(item, pytest.Function) and item.module is request.module and "run" in item.fixturenames
     }
+    folder = tmp_path_factory.mktemp
+    cells = folder("cells")
     with ProcessPoolExecutor(2, processes, max_tasks_per_child=1) as pool:
-        yield {test: pool.submit(run_notebook, *each, tmp_path_factory.mktemp("run")) for test, each in asked.items()}
+        yield {test: pool.submit(run_notebook, *each, folder("run"), cells) for test, each in asked.items()}
 
 
 @pytest.fixture
@@ -162,7 +164,7 @@ def test_explanation_of_another_fine_tune_by_a_text(results: pd.DataFrame) -> No
 
 @running("05_continual_pretraining", **ENCODER, inputs=f"data/zoo/tasks/{TASK}.jsonl", **FEW, drop_rates="0.5,0.9")
 def test_explanation_of_a_single_pair(results: pd.DataFrame, record: dict[str, Any]) -> None:
-    assert set(results.loc[results["table"] == "cells", "pair"]) >= {"base → strings"}
+    assert set(results.loc[results["table"] == "cells", "pair"]) >= {"encoder base → strings"}
     assert record["headline"].startswith("DARE keeps 95% up to p = ")
 
 
@@ -181,7 +183,7 @@ def test_dare_ablation_by_perplexity_of_a_text(results: pd.DataFrame) -> None:
 
 @running("02_dare_ablation", **ENCODER, evaluation=TASK, **FEW, drop_rates="0.9", scope="attention")
 def test_dare_ablation_of_the_attention_of_a_classifier(results: pd.DataFrame, record: dict[str, Any]) -> None:
-    assert set(results["pair"]) == {"base → strings"}
+    assert set(results["pair"]) == {"encoder base → strings"}
     assert set(results["scope"]) == {"attention"}
     assert {0.0, 0.9, 1.0} <= set(results["drop_rate"])
     assert set(results["seed"]) == {3, 4}

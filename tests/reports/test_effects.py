@@ -38,7 +38,7 @@ from delta_analysis.sweeps.tolerance import HIGHEST
 ITEMS, SEEDS = 100, 3
 FAMILY = {"base → instruct": ("instruct", SFT), "code-cpt → code": ("code", SFT), "base → code": ("code", BOTH)}
 ENCODERS = {
-    "base → strings": ("strings-right", SFT),
+    "encoder base → strings": ("strings-right", SFT),
     "code-cpt → code": ("code-right", SFT),
     "base → code": ("code-right", BOTH),
 }
@@ -69,7 +69,7 @@ def ablation(**shares: dict[float, float]) -> pd.DataFrame:
         "instruct": ("base → instruct", *FAMILY["base → instruct"]),
         "code": ("code-cpt → code", *FAMILY["code-cpt → code"]),
         "older": ("base → code", *FAMILY["base → code"]),
-        "strings": ("base → strings", *ENCODERS["base → strings"]),
+        "strings": ("encoder base → strings", *ENCODERS["encoder base → strings"]),
         "code_encoder": ("code-cpt → code", *ENCODERS["code-cpt → code"]),
         "older_encoder": ("base → code", *ENCODERS["base → code"]),
     }
@@ -267,7 +267,7 @@ def test_weights_are_compared_with_deltas() -> None:
     exact(EFFECTS["sft-stimulates"](results), logit(0.8) - logit(0.05))
     with pytest.raises(NotMeasuredError, match="no encoder"):
         EFFECTS["decoders-suffer-more"](results)
-    encoder = dropped_from("weights", "base → strings", breaks_at(0.2), "strings-right")
+    encoder = dropped_from("weights", "encoder base → strings", breaks_at(0.2), "strings-right")
     exact(EFFECTS["decoders-suffer-more"](pd.concat([results, encoder])), logit(0.2) - logit(0.1))
 
 
