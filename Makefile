@@ -28,17 +28,18 @@ report: install
 	@$(BIN)/python -m delta_analysis.reports.publish --base "$(BASE)" --finetuned "$(FINETUNED)" --evaluation "$(EVALUATION)" \
 		--other-base "$(OTHER_BASE)" --inputs "$(INPUTS)"
 
+# Types are checked beside the tests. Notebooks come first, since they take longest; what they measure is kept for
+# each other and not for the next run.
 test: install
-	@echo "== test 1/4: ruff"
-	@$(BIN)/ruff check .
-	@$(BIN)/ruff format --check .
-	@echo "== test 2/4: types"
-	@$(BIN)/mypy
-	@echo "== test 3/4: pytest"
-	@OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile
-	@echo "== test 4/4: the committed notebooks, cell by cell"
-	@OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile \
-		--nbval --nbval-current-env --nbval-sanitize-with tests/nbval.cfg notebooks
+	@echo "== test 1/2: ruff, types, pytest and the committed notebooks, cell by cell"
+	@cells=$$(mktemp -d); \
+	($(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy) > $$cells/checks.txt 2>&1 & checks=$$!; \
+	DELTA_ANALYSIS_CELLS=$$cells OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile --no-loadscope-reorder \
+		--nbval --nbval-current-env --nbval-sanitize-with tests/nbval.cfg notebooks tests delta_analysis; tests=$$?; \
+	wait $$checks; checks=$$?; cat $$cells/checks.txt; rm -r $$cells; \
+	exit $$((tests | checks))
+	@echo "== test 2/2: are the tables of the reports those that are committed"
+	@$(BIN)/python -m tests.compare_results
 
 mutants: install
 	@$(BIN)/python tests/mutants.py

@@ -39,8 +39,8 @@ ITEMS, SEEDS = 100, 3
 FAMILY = {"base → instruct": ("instruct", SFT), "code-cpt → code": ("code", SFT), "base → code": ("code", BOTH)}
 ENCODERS = {
     "encoder base → strings": ("strings-right", SFT),
-    "code-cpt → code": ("code-right", SFT),
-    "base → code": ("code-right", BOTH),
+    "encoder code-cpt → code": ("code-right", SFT),
+    "encoder base → code": ("code-right", BOTH),
 }
 
 
@@ -70,8 +70,8 @@ def ablation(**shares: dict[float, float]) -> pd.DataFrame:
         "code": ("code-cpt → code", *FAMILY["code-cpt → code"]),
         "older": ("base → code", *FAMILY["base → code"]),
         "strings": ("encoder base → strings", *ENCODERS["encoder base → strings"]),
-        "code_encoder": ("code-cpt → code", *ENCODERS["code-cpt → code"]),
-        "older_encoder": ("base → code", *ENCODERS["base → code"]),
+        "code_encoder": ("encoder code-cpt → code", *ENCODERS["encoder code-cpt → code"]),
+        "older_encoder": ("encoder base → code", *ENCODERS["encoder base → code"]),
     }
     return pd.concat([curve(*places[name], of) for name, of in shares.items()], ignore_index=True)
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from IPython.display import Markdown
 
+from delta_analysis import plots
 from delta_analysis.checkpoints.paths import find_root
 from delta_analysis.evaluation import ExactMatch, Question, TextPerplexity
 from delta_analysis.reports import session as notebook
@@ -25,6 +26,7 @@ from delta_analysis.reports.session import (
     shared_legend,
     write_results,
 )
+from delta_analysis.sweeps.cells import STORE, CellStore
 from delta_analysis.sweeps.pairs import Pair
 from tests.conftest import SaveCheckpoint
 
@@ -55,6 +57,17 @@ def test_results_figure_and_provenance_are_written(tmp_path: Path) -> None:
     assert run["checkpoints"] == {"zoo:small/base": {"model.safetensors": digest}}
     assert run["files"] == {"questions.jsonl": hashlib.sha256(b"questions").hexdigest()}
     assert (folder / "headline.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_reports_share_a_store_of_cells_unless_another_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plots, "set_style", lambda: None)
+    monkeypatch.setenv(STORE, "/elsewhere")
+    notebook.begin()
+    assert CellStore.of("runs/x").folder == Path("/elsewhere")
+    monkeypatch.delenv(STORE)
+    notebook.begin()
+    assert CellStore.of("runs/x").folder == CellStore.of("runs/y").folder == find_root() / "runs" / "cells"
+    monkeypatch.delenv(STORE)
 
 
 def test_a_failed_write_leaves_the_former_results(tmp_path: Path) -> None:
