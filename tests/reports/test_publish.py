@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
 import sys
@@ -24,10 +23,9 @@ def _notebook(*outputs: nbformat.NotebookNode) -> nbformat.NotebookNode:
 
 def test_a_page_shows_outputs_without_code_and_loads_nothing_from_elsewhere() -> None:
     table = nbformat.v4.new_output("display_data", {"text/html": '<table border="1"><tr><td>7</td></tr></table>'})
-    page = report.notebook_page(_notebook(table))
-    assert "<title>Does it break?</title>" in page
+    page = report.page_of(_notebook(table), "Does it <break>?")
+    assert "<title>Does it &lt;break&gt;?</title>" in page
     assert "<td>7</td>" in page
-    assert '<div class="table"><table>' in page
     assert "secret_source" not in page
     assert "base = a&lt;b" in page
     assert "somewhere" not in page
@@ -35,15 +33,15 @@ def test_a_page_shows_outputs_without_code_and_loads_nothing_from_elsewhere() ->
 
 
 def test_the_index_links_each_report_with_its_headline(tmp_path: Path) -> None:
-    (tmp_path / "02_x").mkdir()
-    (tmp_path / "02_x" / "run.json").write_text(json.dumps({"headline": "It breaks at p < 0.5."}))
-    page = report.index_page("", [report.index_entry("02_x", "Does it break?", tmp_path)], {})
-    assert 'href="02_x.html"' in page
+    (tmp_path / "results" / "02_x").mkdir(parents=True)
+    (tmp_path / "results" / "02_x" / "run.json").write_text(json.dumps({"headline": "It breaks at p < 0.5."}))
+    nbformat.write(_notebook(), tmp_path / "02_x.ipynb")
+    entry = report.entry("02_x", tmp_path)
+    page = report.page_of(nbformat.v4.new_notebook(), "Reports", subject="a<b", reports=[entry])
+    assert '<a href="02_x.html">Does it break?</a>' in page
     assert "It breaks at p &lt; 0.5." in page
     assert 'src="results/02_x/headline.png"' in page
-    assert "embedded family" in page
-    assert "b → f" in report.index_page("", [], {"base": "b", "finetuned": "f"})
-    assert "Reports on pair:f." in report.index_page("", [], {"finetuned": "pair:f"})
+    assert "Reports on a&lt;b." in page
 
 
 @pytest.fixture
@@ -80,7 +78,7 @@ def _write(project: Path, stem: str, *sources: str, parameters: str = "") -> Non
 
 
 def test_reports_run_at_the_same_time_and_the_overview_reads_them_all(
-    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    project: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     _write(project, "01_x", "names = '12'", MEET, END)
@@ -95,7 +93,7 @@ def test_reports_run_at_the_same_time_and_the_overview_reads_them_all(
         END,
         parameters="results = ''",
     )
-    index = asyncio.run(report.build_report({}, project / "out"))
+    index = report.build_report({}, project / "out")
 
     page = index.read_text()
     told = ("Claims of 01_x and 02_y", "1.met saw 2.met in 1 thread", "2.met saw 1.met in 1 thread")
@@ -104,14 +102,14 @@ def test_reports_run_at_the_same_time_and_the_overview_reads_them_all(
     assert page.count("<article>") == 2
     assert str(project) not in page
     assert (project / "out" / "02_y.html").is_file()
-    lines = capsys.readouterr().out.splitlines()
+    lines = capfd.readouterr().out.splitlines()
     assert set(lines[:2]) == {"[2/3] 01_x starts", "[3/3] 02_y starts"}
     assert lines[4] == "[1/3] 00_overview starts"
     assert re.fullmatch(r"\[1/3\] 00_overview took \d+ s", lines[5])
 
 
 def test_what_is_asked_for_reaches_the_notebooks_that_declare_it(
-    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    project: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     _write(project, "01_x", "headline = base + finetuned", END, parameters="base = ''\nfinetuned = ''")
     told = "headline = f'{other_base} {inputs} {threads}'"
@@ -129,12 +127,12 @@ def test_what_is_asked_for_reaches_the_notebooks_that_declare_it(
     assert "<p>zoo:small/baseorg/name</p>" in page
     assert f"<p>org/old {project / 'texts.txt'} all</p>" in page
     # Models that are given are not held in memory twice.
-    started = [re.sub(r"\d+ s", "0 s", line) for line in capsys.readouterr().out.splitlines()[:4]]
+    started = [re.sub(r"\d+ s", "0 s", line) for line in capfd.readouterr().out.splitlines()[:4]]
     assert started == ["[2/2] 05_y starts", "[2/2] 05_y took 0 s", "[1/2] 01_x starts", "[1/2] 01_x took 0 s"]
 
 
 def test_a_notebook_that_fails_ends_the_report_with_its_reason(
-    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    project: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     _write(project, "01_never", END)
     fail = "while not pathlib.Path('running').exists(): time.sleep(0.05)\nraise ValueError('parameter base: no')"
@@ -152,7 +150,8 @@ def test_a_notebook_that_fails_ends_the_report_with_its_reason(
     assert stopped.value.code == (
         f"02_fails.ipynb stopped: ValueError: parameter base: no\nThe notebook so far: {target}"
     )
-    assert "never" not in capsys.readouterr().out
+    assert "took" not in capfd.readouterr().out
+    assert not list((project / "out").glob("results/*/run.json"))
     cells = nbformat.read(target, as_version=4).cells
     assert cells[-2].outputs[0].ename == "ValueError"
     assert not cells[-1].outputs
@@ -161,4 +160,4 @@ def test_a_notebook_that_fails_ends_the_report_with_its_reason(
 def test_a_kernel_that_dies_ends_the_report_too(project: Path) -> None:
     _write(project, "01_x", "import os; os._exit(1)")
     with pytest.raises(report.NotebookError, match="01_x.ipynb stopped: Kernel died"):
-        asyncio.run(report.build_report({}, project / "out"))
+        report.build_report({}, project / "out")
