@@ -8,17 +8,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from delta_analysis._errors import CheckpointError
 from delta_analysis.checkpoints.checkpoint import open_checkpoint
 from delta_analysis.deltas.delta import load_delta
 from delta_analysis.deltas.selection import in_scope
+from delta_analysis.evaluation import HiddenSimilarity, OutputDrift
 from delta_analysis.evaluation.models import finetuned_model, load_model, parameters_of
 from delta_analysis.pruning import Dare, Magnitude, MagPrune, Pruner, bind
 from delta_analysis.pruning.transforms import Permuted, Scaled
@@ -448,3 +450,28 @@ def test_cells_of_changed_deltas_are_kept_apart(family: Family, tmp_path: Path) 
     expected = [start + delta, start + 3 * delta, start + np.float32(3.001) * delta, start]
     np.testing.assert_allclose(outcomes, expected, rtol=1e-6)
     assert table["method"].tolist() == ["DARE", "size × 3, DARE", "size × 3, DARE", "size × 3, DARE"]
+
+
+def test_matrices_of_several_blocks_are_judged_by_two_threads(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 97, "hidden_size": 544, "intermediate_size": 544, "num_hidden_layers": 1}
+    model = LlamaForCausalLM(LlamaConfig(num_attention_heads=2, max_position_embeddings=64, **sizes))
+    for name in ("base", "tuned"):
+        model.save_pretrained(tmp_path / name)
+        character_tokenizer().save_pretrained(tmp_path / name)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += 0.01 * torch.randn_like(parameter)
+    pair = Pair("base → tuned", str(tmp_path / "base"), str(tmp_path / "tuned"))
+    pruners = [Dare(0.9), MagPrune(0.9), Magnitude(0.5, within="model"), Dare(0.5, "l2")]
+    judges = [OutputDrift(("two texts", "of some length")), HiddenSimilarity(("a text",))]
+    before = torch.get_num_threads()
+    try:
+        tables = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            tables.append(sweep([pair], pruners, judges, [0, 1], tmp_path / str(threads)))
+    finally:
+        torch.set_num_threads(before)
+    columns = ["method", "seed", "metric", "value", "achieved_drop_rate"]
+    pd.testing.assert_frame_equal(tables[0][columns], tables[1][columns], rtol=1e-4)
