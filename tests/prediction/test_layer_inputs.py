@@ -144,16 +144,6 @@ def test_responses_are_linear_and_the_noise_is_quadratic(seed: int, k: float) ->
     assert turned.noise_base(one.T) == pytest.approx(Matrix(x).noise_base(one))
 
 
-def test_one_input_of_energy_one_at_a_time_is_isotropic() -> None:
-    # The second moment of √n times the unit vectors is the identity.
-    entries = normal(5, WIDE)
-    matrix = Matrix(WIDE**0.5 * torch.eye(WIDE))
-    assert matrix.noise_base(entries) / WIDE == pytest.approx(Isotropic().noise_base(entries))
-    assert Isotropic().noise_base(entries) == pytest.approx(float(entries.norm()) ** 2)
-    energy = float(matrix.responses(entries).square().sum()) / WIDE
-    assert energy == pytest.approx(float(Isotropic().responses(entries).square().sum()))
-
-
 @pytest.mark.parametrize(
     "shape", [(3, 5, 4), (15, 4), (1, 5, 4), (3, 5, 2, 4)], ids=["texts", "in a row", "once for all", "heads"]
 )

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy.special import expit
 from scipy.special import logit as scipy_logit
 
-from delta_analysis.studies.causes import between, equivalent_shift, matched_rate, outcomes_by_rate, rate_keeping
+from delta_analysis.studies.causes import between, equivalent_shift, matched_rate, rate_keeping
 from delta_analysis.sweeps.intervals import Interval
 
 RATES = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -54,27 +54,6 @@ def test_dare_against_itself_is_no_shift(rate: float) -> None:
     reference = curve(SHARES)
     found = equivalent_shift(cells(reference), cells({rate: reference[rate]}), rate)
     assert found == pytest.approx((0, 0, 0), abs=1e-12)
-
-
-@pytest.mark.parametrize(
-    "shares",
-    [
-        (0.95, 0.8, 0.5, 0.2, 0.05),
-        (0.9, 0.9, 0.9, 0.5, 0.1),
-        (0.9, 0.6, 0.6, 0.6, 0.1),
-        (1.0, 1.0, 0.5, 0.0, 0.0),
-        (0.5, 0.5, 0.5, 0.5, 0.5),
-    ],
-    ids=["falling", "plateau first", "plateau between", "flat ends", "flat"],
-)
-def test_dare_with_noise_of_seeds_and_items_against_itself_is_no_shift(shares: tuple[float, ...]) -> None:
-    """The same samples on both sides: even where noise makes a plateau rise, the interval is a point."""
-    rng = np.random.default_rng(0)
-    reference = {0.0: np.ones((1, N))} | {
-        p: (rng.random((5, N)) < share).astype(float) for p, share in zip(RATES, shares, strict=True)
-    }
-    for rate in RATES:
-        assert equivalent_shift(cells(reference), cells({rate: reference[rate]}, method="noise"), rate) == (0, 0, 0)
 
 
 @pytest.mark.parametrize("drop_rate", [0.2, 0.5, 0.6])
@@ -190,20 +169,6 @@ def test_the_interval_covers_a_known_shift(method_shift: float) -> None:
         found = equivalent_shift(cells(reference), cells({0.5: drawn(method_shift)}, method="edit"), 0.5)
         covered += found.low <= method_shift <= found.high
     assert covered >= 0.88 * trials
-
-
-def test_a_single_seed_and_several_are_compared() -> None:
-    reference = curve(SHARES, seeds=4)
-    single = cells({0.3: reference[0.7][:1]}, method="MP")
-    expected = scipy_logit(0.7) - scipy_logit(0.3)
-    assert equivalent_shift(cells(reference), single, 0.3) == pytest.approx((expected,) * 3, abs=1e-12)
-
-
-def test_outcomes_by_rate_are_in_order_of_seeds() -> None:
-    matrix = np.array([[1.0, 0.0], [0.5, 2.0]])
-    found = outcomes_by_rate(cells({0.5: matrix, 0.0: matrix[:1]}))
-    assert list(found) == [0.0, 0.5]
-    np.testing.assert_array_equal(found[0.5], matrix)
 
 
 @pytest.mark.parametrize(("kept", "rate"), [(0.5, 0.5), (0.05, 0.9), (0.99, 0.1), (0.71, 0.3), (0.25, 0.7)])

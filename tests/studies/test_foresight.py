@@ -30,7 +30,6 @@ from delta_analysis.studies.foresight import (
     PREDICTORS,
     SUMMARIES,
     VALUES,
-    _fine_tune_weights,
     best_predictor,
     chosen_anew,
     compare_predictors,
@@ -39,7 +38,6 @@ from delta_analysis.studies.foresight import (
     noise_predictors,
     value_predictors,
 )
-from delta_analysis.sweeps.intervals import RESAMPLES
 from delta_analysis.zoo.tokenizer import character_tokenizer
 from tests.prediction.made_up import SLOPE, censored, foretold_by_others, made_up, measured
 from tests.tiny_family import EMBED, NORM, QUERY, UP
@@ -85,13 +83,6 @@ def test_errors_ranks_and_slopes_against_others(table: pd.DataFrame, compared: p
         assert row["slope"] == pytest.approx(np.polyfit(np.log(values[inner]), measured(table[inner]), 1)[0])
 
 
-def test_ranks_are_spearmans() -> None:
-    table = made_up(0.8)
-    for row in compare_predictors(table, ["good", "fair"]).to_dict("records"):
-        expected = spearmanr(table[row["predictor"]], table["tolerated"]).statistic
-        assert row["rank"] == pytest.approx(expected, abs=1e-12)
-
-
 def test_values_are_inside_their_intervals(compared: pd.DataFrame) -> None:
     for value, prefix in (("error", ""), ("rank", "rank_"), ("slope", "slope_")):
         assert (compared[f"{prefix}low"] < compared[value]).all()
@@ -135,18 +126,6 @@ def test_more_bases_of_the_same_fine_tunes_narrow_no_interval_much() -> None:
     # As fine-tunes of their own they would.
     others = pd.concat([table, copied.assign(finetuned=table["finetuned"] + " again")], ignore_index=True)
     assert (widths(others) < 0.85 * widths(table)).all()
-
-
-def test_rows_of_a_fine_tune_are_drawn_together() -> None:
-    table = made_up(pairs=6).sample(frac=1, random_state=1)
-    weights = _fine_tune_weights(table)
-    count = table["finetuned"].nunique()
-    assert weights.shape == (RESAMPLES, len(table))
-    one_each = []
-    for rows in table.groupby("finetuned").indices.values():
-        assert (weights[:, rows] == weights[:, rows[:1]]).all()
-        one_each.append(weights[:, rows[0]])
-    assert (np.sum(one_each, axis=0) == count).all()
 
 
 def test_the_best_predictor_is_the_first_of_the_comparison(table: pd.DataFrame, compared: pd.DataFrame) -> None:

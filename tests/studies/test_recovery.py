@@ -123,11 +123,6 @@ def test_what_promised_most_comes_first_whatever_it_keeps() -> None:
         assert other[column].tolist() == table[column].tolist()
 
 
-def test_dare_leads_itself_by_nothing() -> None:
-    own = by_way(recovered(made_up(FOUND), OFFERED))["DARE", "-"]
-    assert [own[column] for column in ("lead", "lead_low", "lead_high")] == [0, 0, 0]
-
-
 def test_dare_itself_may_be_chosen_as_a_factor_but_not_as_a_window() -> None:
     best = {DARE: (0.95, 0.6, 0.2)}
     found = by_way(recovered(made_up(FOUND | best), OFFERED))
@@ -143,11 +138,6 @@ def test_the_share_is_of_the_untouched_metric_on_the_judging_half() -> None:
     # What was promised is of the untouched metric on the validation half.
     assert found["DARE", "-"]["promised"] == pytest.approx(0.5 / 0.1)
     assert found["MP", "-"]["lead"] == pytest.approx((0.4 - 0.6) / 0.8)
-
-
-def test_drift_at_drop_rate_0_chooses_nothing() -> None:
-    """Untouched, DARE drifts by nothing, whatever it does at the drop rate."""
-    assert by_way(recovered(made_up(FOUND), OFFERED))["one factor", "no labels"]["method"] == ONE.method
 
 
 def test_of_perplexities_the_lowest_is_chosen() -> None:
@@ -201,13 +191,6 @@ def test_every_way_drops_as_much(offered: dict[str, tuple[Pruner, ...]]) -> None
     assert offered["one factor"][0] == Dare(P, "none")
     assert Dare(P) not in offered["one factor"]
     assert len(offered["factors by layer"]) == len(WEIGHTS)
-
-
-@pytest.mark.parametrize("drop_rate", [0.01, 0.5, 0.99])
-def test_ways_exist_at_every_drop_rate(drop_rate: float) -> None:
-    noise = pd.DataFrame({"tensor": ["v", "w"], "signal": [1.0, 2.0], "noise": [1.0, 1.0], "noise_share": [0.1, 0.2]})
-    found = candidates(noise, {"v": 10, "w": 20}, drop_rate)
-    assert {pruner.drop_rate for own in found.values() for pruner in own} == {drop_rate}
 
 
 BY_NOISE = {"factors by layer", "DARE, least noise", "DARE, equal noise"}
