@@ -38,8 +38,8 @@ class LmEval:
 
     Calling it on `(model, tokenizer)` gives, for each metric of a task, one outcome a document:
     `gsm8k/exact_match,strict-match` where a task filters answers in several ways, `sst2/acc` where
-    in one. Only metrics that are a mean over documents are given, since only these have outcomes:
-    `acc` of MRPC, not its `f1`; none of CoLA (Matthews correlation), which is an error. Names of
+    in one. Only metrics that are a mean over documents are given, since only these have outcomes, and of
+    which more is better: `acc` of MRPC, not its `f1`; none of CoLA (Matthews correlation), which is an error. Names of
     groups and tags mean their tasks; a group whose own value is the mean over all documents of its
     tasks, as `mmlu/acc`, is given as well.
 
@@ -190,7 +190,6 @@ def _set_variable(name: str, value: str | None) -> None:
 
 def _loaded(evaluation: LmEval) -> dict[str, Any]:
     """The tasks and groups of the harness, in the form that its evaluator takes."""
-    from lm_eval.api.metrics import mean
     from lm_eval.tasks import TaskManager
 
     folder, names = evaluation.task_folder, evaluation.tasks
@@ -214,10 +213,10 @@ def _loaded(evaluation: LmEval) -> dict[str, Any]:
         )
     loaded: dict[str, Any] = manager.load(list(names))
     for name, task in loaded["tasks"].items():
-        if mean not in task.aggregation().values():
+        if not any(_is_score(task, metric) for metric in task.aggregation()):
             raise ValueError(
-                f"{evaluation.name}: no metric of {name!r} is a mean over documents ({', '.join(task.aggregation())}); "
-                "intervals need one outcome a document, leave the task out"
+                f"{evaluation.name}: no metric of {name!r} is a mean over documents of which more is better "
+                f"({', '.join(task.aggregation())}); intervals need one outcome a document, leave the task out"
             )
         if evaluation.num_fewshot is not None and task.get_config("num_fewshot") != 0:
             task.set_config("num_fewshot", evaluation.num_fewshot)
@@ -305,14 +304,19 @@ def _samples(
     return samples
 
 
-def _outcomes(task: Any, samples: list[dict[str, Any]]) -> Outcomes:
-    """Metric, with its filter if there are several -> outcome of each document."""
+def _is_score(task: Any, metric: str) -> bool:
+    """Whether a metric is a mean over documents, as one that tasks add themselves, and more of it is better."""
     from lm_eval.api.metrics import mean
 
+    return task.aggregation().get(metric, mean) is mean and task.higher_is_better().get(metric) is not False
+
+
+def _outcomes(task: Any, samples: list[dict[str, Any]]) -> Outcomes:
+    """Metric, with its filter if there are several -> outcome of each document."""
     found = defaultdict(list)
     for sample in samples:
         for metric in sample["metrics"]:
-            if task.aggregation().get(metric, mean) is mean:
+            if _is_score(task, metric):
                 found[metric, sample["filter"]].append(float(sample[metric]))
     several = len({kind for _, kind in found}) > 1
     return {

@@ -381,11 +381,20 @@ def test_chat_template(write_task: WriteTask, model: PreTrainedModel, tokenizer:
     assert [each.args[0] for each in instances] == [f"<user> {question.prompt}" for question in QUESTIONS[:2]]
 
 
-def test_a_task_without_a_mean_is_named(
-    write_task: WriteTask, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+@pytest.mark.parametrize(
+    "metric",
+    [
+        {"metric": "mcc", "aggregation": "matthews_corrcoef"},
+        {"metric": "acc", "aggregation": "mean", "higher_is_better": False},
+    ],
+    ids=["no mean", "less is better"],
+)
+def test_a_task_without_a_score_is_named(
+    write_task: WriteTask, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, metric: dict[str, Any]
 ) -> None:
-    folder = write_task("choice", **CHOOSE, metric_list=[{"metric": "mcc", "aggregation": "matthews_corrcoef"}])
-    with pytest.raises(ValueError, match=r"no metric of 'choice' is a mean over documents \(mcc\)"):
+    folder = write_task("choice", **CHOOSE, metric_list=[metric])
+    message = rf"no metric of 'choice' is a mean over documents of which more is better \({metric['metric']}\)"
+    with pytest.raises(ValueError, match=message):
         LmEval(("choice",), task_folder=folder).prepared(model, tokenizer)
 
 
