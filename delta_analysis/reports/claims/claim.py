@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import math
-import re
 import tomllib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from delta_analysis._errors import one_of
 from delta_analysis.checkpoints import find_root
 from delta_analysis.sweeps import Interval
 
@@ -22,9 +19,6 @@ REPRODUCED, NOT_REPRODUCED, REVERSED, CANNOT_TELL = STATUSES = (
 UNITS = ("share", "drop rate", "similarity", "points", "log-odds", "rank correlation", "share of a gap")
 """`points` are differences between shares or similarities; `log-odds` are differences on log(p/(1-p)), and a
 `share of a gap` is one of these over another, which may leave 0 to 1."""
-TEXTS = ("id", "topic", "claim", "figure", "source", "notebook", "measured", "unit")
-NUMBERS = ("claimed_at_least", "claimed_at_most", "reversed_beyond")
-OPTIONAL = ("figure", "claimed_at_least", "claimed_at_most")
 
 
 @dataclass(frozen=True)
@@ -103,47 +97,5 @@ def claims_file() -> Path:
 
 
 def read_claims(file: Path) -> tuple[Claim, ...]:
-    """The claims of a TOML file, one `[[claim]]` each, with the fields of `Claim` as keys.
-
-    Raises
-    ------
-    ValueError
-        Not TOML, an unknown or missing key, a value outside its set, an id that stands twice.
-    """
-    try:
-        content = tomllib.loads(file.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{file}: not readable as TOML ({error})") from error
-    if list(content) != ["claim"]:
-        raise ValueError(f"{file}: expected tables [[claim]] alone, got {', '.join(content) or 'nothing'}")
-    ids: set[str] = set()
-    for number, entry in enumerate(content["claim"], start=1):
-        if problem := _problem(entry) or ("this id stands twice" if entry["id"] in ids else None):
-            raise ValueError(f"{file}: claim {entry.get('id', number)!r}: {problem}")
-        ids.add(entry["id"])
-    return tuple(Claim(**{"figure": "", **entry}) for entry in content["claim"])
-
-
-def _problem(entry: dict[str, Any]) -> str | None:
-    """What is wrong with an entry, None if nothing is."""
-    known = {field.name for field in fields(Claim)}
-    if strange := sorted((entry.keys() - known) | (known - set(OPTIONAL) - entry.keys())):
-        return f"the keys must be {', '.join(sorted(known))}; missing or unknown: {', '.join(strange)}"
-    for key in set(TEXTS) & entry.keys():
-        if not isinstance(entry[key], str) or not (entry[key].strip() or key == "figure"):
-            return f"{key} must be text that is not empty; not {entry[key]!r}"
-    if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", entry["id"]):
-        return "the id must be small letters and digits, joined by -"
-    if not re.fullmatch(r"[0-9]{2}(_[a-z0-9]+)+", entry["notebook"]):
-        return f"notebook must be the name of a report, as 02_dare_ablation; not {entry['notebook']!r}"
-    if entry["unit"] not in UNITS:
-        return one_of("unit", entry["unit"], UNITS)
-    for key in set(NUMBERS) & entry.keys():
-        if isinstance(entry[key], bool) or not isinstance(entry[key], int | float) or not math.isfinite(entry[key]):
-            return f"{key} must be a finite number; not {entry[key]!r}"
-    if ("claimed_at_least" in entry) == ("claimed_at_most" in entry):
-        return "expected one of claimed_at_least and claimed_at_most"
-    least, most = entry.get("claimed_at_least", math.inf), entry.get("claimed_at_most", -math.inf)
-    if not most <= entry["reversed_beyond"] <= least:
-        return f"reversed_beyond lies on the claimed side: {entry['reversed_beyond']!r}"
-    return None
+    """The claims of a TOML file, one `[[claim]]` each, with the fields of `Claim` as keys."""
+    return tuple(Claim(**{"figure": "", **entry}) for entry in tomllib.loads(file.read_text(encoding="utf-8"))["claim"])

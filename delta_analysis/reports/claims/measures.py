@@ -12,14 +12,12 @@ from delta_analysis.sweeps import (
     Interval,
     first_metric,
     inverse_logit,
+    kept_interval,
     logit,
     metric_of,
     outcome_matrix,
-    percentile_interval,
-    resampled_means,
     tolerance_difference,
     tolerated_interval,
-    two_way_resamples,
 )
 
 GIVEN = "given"
@@ -116,12 +114,8 @@ def at_rate(cells: pd.DataFrame, p: float) -> dict[str, pd.DataFrame]:
 
 def kept(cells: pd.DataFrame) -> Interval:
     """The share of the untouched metric that a pair keeps at its other drop rate."""
-    metric = metric_of(cells)
-    pruned = outcome_matrix(cells[cells["drop_rate"] > 0])
-    untouched = outcome_matrix(cells[cells["drop_rate"] == 0].head(1))
-    resamples = two_way_resamples(*pruned.shape, block=metric.block)
-    samples = metric.kept_share(resampled_means(pruned, resamples), resampled_means(untouched, resamples))
-    return percentile_interval(float(metric.kept_share(pruned.mean(), untouched.mean())), samples)
+    pruned, untouched = (outcome_matrix(cells[(cells["drop_rate"] > 0) == dropped]) for dropped in (True, False))
+    return kept_interval(metric_of(cells), pruned, untouched[:1])
 
 
 def tolerances(cells: pd.DataFrame) -> dict[str, Interval]:
