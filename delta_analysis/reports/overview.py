@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 
 from delta_analysis.checkpoints import find_input
-from delta_analysis.reports.claims.claim import CANNOT_TELL, Claim, status
+from delta_analysis.reports.claims.claim import CANNOT_TELL, NOT_REPRODUCED, REVERSED, STATUSES, Claim, status
 from delta_analysis.reports.claims.effects import EFFECTS
 from delta_analysis.reports.claims.measures import GIVEN, NotMeasuredError
 from delta_analysis.reports.family import ENCODER_PAIRS, TASK_PAIRS
@@ -152,3 +152,82 @@ def threshold_text(row: pd.Series) -> str:
     above = pd.notna(row["claimed_at_least"])
     threshold = row["claimed_at_least" if above else "claimed_at_most"]
     return f"{'above' if above else 'below'} {number_text(threshold, row['unit']) if threshold else 0}"
+
+
+def headline_of(judged: pd.DataFrame) -> str:
+    """How many claims have each status."""
+    counts = judged["status"].value_counts().reindex(STATUSES, fill_value=0)
+    unmeasured = int(judged["value"].isna().sum())
+    which = "all" if unmeasured == counts[CANNOT_TELL] else unmeasured
+    return (
+        f"Of {len(judged)} checkable claims of the papers, the status is "
+        + ", ".join(f"{name} for {count}" for name, count in counts.items())
+        + (f" ({which} for want of results)." if unmeasured else ".")
+    )
+
+
+def failures(judged: pd.DataFrame) -> list[str]:
+    """The claims that were measured and not reproduced, a list for each of the statuses that some have."""
+    measured = judged[judged["value"].notna()]
+    found = []
+    for name in (REVERSED, NOT_REPRODUCED, CANNOT_TELL):
+        listed = [
+            f"- {row['claim']}: **{effect_text(row)}** ({interval_ends_text(row)}), claimed {threshold_text(row)}."
+            for _, row in measured[measured["status"] == name].iterrows()
+        ]
+        if listed:
+            title = name.capitalize() + (" though measured" if name == CANNOT_TELL else "")
+            found.append(f"{title}:\n\n" + "\n".join(listed))
+    return found
+
+
+def claims_tables(judged: pd.DataFrame) -> list[str]:
+    """The claims of each topic as a table of Markdown."""
+    head = "| claim | the paper's figure | claimed side | here | 95% interval | status |\n|---|---|---|---|---|---|\n"
+
+    def line(row: pd.Series) -> str:
+        here = [threshold_text(row), effect_text(row), interval_ends_text(row), f"**{row['status']}**"]
+        return f"| {' | '.join([row['claim'], row['figure'] or 'none', *here])} |"
+
+    return [
+        f"### {topic}\n\n{head}" + "\n".join(line(row) for _, row in rows.iterrows())
+        for topic, rows in judged.groupby("topic", sort=False)
+    ]
+
+
+def runs_table(runs: Mapping[str, Mapping[str, object]], results: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """What each report was run on, a row a report."""
+    return pd.DataFrame(
+        {
+            name: {
+                "models": f"{run['base']} → {run['finetuned']}" if run.get("finetuned") else "embedded family",
+                "pairs": results[name]["pair"].nunique(),
+                "masks": run.get("n_seeds", "none"),
+                "questions at most": run.get("n_questions", "none"),
+                "rows": len(results[name]),
+            }
+            for name, run in runs.items()
+        }
+    ).T
+
+
+def extent(judged: pd.DataFrame, results: Mapping[str, pd.DataFrame]) -> str:
+    """How many reports judge, which ones are lacking, and how large the models are."""
+    known = [frame["parameters"].dropna() for frame in results.values() if "parameters" in frame]
+    sized = pd.concat(known or [pd.Series()])
+    lacking = [name for name in dict.fromkeys(judged["notebook"]) if name not in results]
+    sizes = " to ".join(dict.fromkeys(f"{x / 1e6:.2g}" for x in (sized.min(), sized.max()))) if len(sized) else ""
+    return (
+        f"{len(judged)} claims are judged by {len(results)} reports"
+        + (f"; of {', '.join(lacking)} there are no results" if lacking else "")
+        + "."
+        + (f" The models whose size is known have {sizes} million parameters." if sizes else "")
+    )
+
+
+def measurements(judged: pd.DataFrame) -> str:
+    """How each claim was measured, and where it was read."""
+    return "\n".join(
+        f"- **{row['claim']}** ({row['notebook']}): {row['measured']}. Source: {row['source']}."
+        for _, row in judged.iterrows()
+    )

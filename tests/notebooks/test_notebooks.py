@@ -97,6 +97,19 @@ def test_committed_notebooks_are_clean(name: str) -> None:
         assert not re.search(r"/(home|root|work|tmp|Users)/|0x[0-9a-f]{6,}", text)
 
 
+LONGEST = 12
+STILL_COMPUTING = [name for name in NOTEBOOKS if not name.startswith("00_")]
+"""Notebooks that hold code which is to move into the package."""
+
+
+@pytest.mark.parametrize("name", sorted(set(NOTEBOOKS) - set(STILL_COMPUTING)))
+def test_a_notebook_calls_what_the_package_computes(name: str) -> None:
+    for cell in _read(name).cells:
+        if cell.cell_type == "code" and "parameters" not in cell.metadata.get("tags", []):
+            assert len(cell.source.splitlines()) <= LONGEST, cell.source
+            assert not re.search(r"^\s*(def|class) ", cell.source, flags=re.M), cell.source
+
+
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_committed_results_are_of_the_committed_notebook(name: str) -> None:
     folder = FOLDER / "results" / name

@@ -8,6 +8,7 @@ from textwrap import fill
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from delta_analysis.plots import GREY, PALETTE
@@ -78,3 +79,21 @@ def claim_effects(rows: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 def status_handles() -> list[Line2D]:
     """For a legend, the marker of each status."""
     return [Line2D([], [], ls="", marker=marker, color=colour, label=name) for name, (marker, colour) in LOOKS.items()]
+
+
+def claims_figure(judged: pd.DataFrame) -> Figure:
+    """All effects of claims, a panel for each kind of unit."""
+    groups = claim_groups(judged)
+    measured = judged["value"].notna().sum()
+    figure, axes = plt.subplots(
+        len(groups),
+        1,
+        squeeze=False,
+        figsize=(9.5, 0.34 * measured + 0.75 * len(groups) + 0.5),
+        height_ratios=[len(rows) + 0.4 for rows in groups.values()],
+        layout="constrained",
+    )
+    for ax, rows in zip(axes[:, 0], groups.values(), strict=True):
+        claim_effects(rows, ax=ax)
+    figure.legend(handles=status_handles(), loc="outside upper center", ncols=len(LOOKS))
+    return figure
