@@ -32,6 +32,14 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 SaveCheckpoint = Callable[..., Path]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _cells_in_out_dir() -> Iterator[None]:
+    """The store of cells that committed notebooks share in `make test` is none of the tests'."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("DELTA_ANALYSIS_CELLS", raising=False)
+        yield
+
+
 @pytest.fixture
 def save_checkpoint(tmp_path: Path) -> SaveCheckpoint:
     """Write tensors as a checkpoint directory: one file, or one shard a name when `shards` is given.
