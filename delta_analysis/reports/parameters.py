@@ -272,6 +272,15 @@ class ModelSizeParameters(AblationParameters):
             for size, relation in zip(sizes, self.relations(), strict=True)
         ]
 
+    def labels(self) -> dict[str, list[str]]:
+        """Columns for a row of each pair: what is compared in several sizes, how it was made, its size."""
+        relations, names = self.relations(), [pair.name for pair in self.pairs()]
+        return {
+            "relation": [relation.name if self.embedded else "pair of the size" for relation in relations],
+            "made_by": [relation.kind for relation in relations],
+            "size": [name.split(", ")[0] if self.embedded else name for name in names],
+        }
+
 
 MOST_TEXTS = 64
 """Texts that layers get their inputs from."""

@@ -92,6 +92,12 @@ def check_answers(cells: pd.DataFrame) -> None:
         )
 
 
+def panel(width: float, height: float) -> Axes:
+    """The axes of a figure with a single panel, sizes in inches."""
+    _, ax = plt.subplots(figsize=(width, height))
+    return ax
+
+
 def panels(names: Sequence[str], *, height: float = 3.1, **options: Any) -> tuple[Figure, dict[str, Axes]]:
     """A grid of axes, one for each name and titled by it, two in a row, in reading order."""
     columns = min(len(names), 2)
@@ -194,6 +200,28 @@ def drop_rate_text(p: float) -> str:
     if p >= HIGHEST - END or p <= LOWEST + END:
         return f"at least {HIGHEST:.5f}" if p > LOWEST + END else f"at most {LOWEST:g}"
     return f"{p:.2f}" if p < 0.95 else f"{p:.3f}" if p < 0.995 else f"{p:.4f}" if p < 0.9995 else f"{p:.5f}"
+
+
+def tolerance_text(row: pd.Series) -> str:
+    """A tolerated drop rate, a row of `measure_tolerance`, with its interval.
+
+    Examples
+    --------
+    >>> tolerance_text(pd.Series({"tolerated": 0.9, "low": 0.8, "high": 0.951}))
+    '0.90 [0.80, 0.951]'
+    """
+    value, low, high = (drop_rate_text(row[column]) for column in ("tolerated", "low", "high"))
+    return f"{value} [{low}, {high}]"
+
+
+def tables(**frames: pd.DataFrame) -> pd.DataFrame:
+    """Several tables as one, with their names in the column `table`."""
+    return pd.concat([frame.assign(table=name) for name, frame in frames.items()], ignore_index=True)
+
+
+def sources(pairs: Iterable[Pair]) -> list[str]:
+    """The checkpoints of some pairs."""
+    return [str(source) for pair in pairs for source in (pair.base, pair.finetuned) if source]
 
 
 def write_results(
