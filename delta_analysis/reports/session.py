@@ -26,7 +26,7 @@ from delta_analysis import plots
 from delta_analysis.checkpoints import file_hashes, find_root, sha256, versions, written_whole
 from delta_analysis.deltas import load_delta
 from delta_analysis.evaluation import Evaluation
-from delta_analysis.sweeps import END, HIGHEST, LOWEST, NONE, STORE, Interval, Pair
+from delta_analysis.sweeps import END, HIGHEST, LOWEST, NONE, STORE, Interval, Pair, first_metric
 
 
 def say(sentence: str) -> None:
@@ -90,6 +90,12 @@ def check_answers(cells: pd.DataFrame) -> None:
             f"parameter evaluation: {', '.join(dict.fromkeys(silent['pair']))} answers none of the questions even "
             "untouched; check that questions and prompt format are the ones it was tuned for"
         )
+
+
+def judged_cells(cells: pd.DataFrame) -> pd.DataFrame:
+    """The cells of the first metric of each pair; an error as of `check_answers`."""
+    check_answers(cells)
+    return first_metric(cells)
 
 
 def panel(width: float, height: float) -> Axes:
@@ -216,7 +222,12 @@ def tolerance_text(row: pd.Series) -> str:
 
 def tables(**frames: pd.DataFrame) -> pd.DataFrame:
     """Several tables as one, with their names in the column `table`."""
-    return pd.concat([frame.assign(table=name) for name, frame in frames.items()], ignore_index=True)
+    return stacked(*(frame.assign(table=name) for name, frame in frames.items()))
+
+
+def stacked(*frames: pd.DataFrame) -> pd.DataFrame:
+    """Several tables, one below the other."""
+    return pd.concat(frames, ignore_index=True)
 
 
 def sources(pairs: Iterable[Pair]) -> list[str]:
