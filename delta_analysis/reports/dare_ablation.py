@@ -9,7 +9,7 @@ import pandas as pd
 
 from delta_analysis.reports.family import Relation
 from delta_analysis.reports.session import drop_rate_text, percent, tolerance_text
-from delta_analysis.studies.dare_ablation import between, widest_spread
+from delta_analysis.studies import dare_ablation as study
 
 
 def coverage_text(coverage: pd.DataFrame) -> str:
@@ -96,7 +96,7 @@ def encoders_list(tolerances: pd.DataFrame) -> str:
 
 def spread_text(cells: pd.DataFrame) -> str:
     """How far masks differ at most, and how near the achieved drop rates come to the nominal ones."""
-    inner, widest = between(cells), widest_spread(cells)
+    inner, widest = study.between(cells), study.widest_spread(cells)
     worst = widest.loc[(widest["max"] - widest["min"]).idxmax()]
     error = (inner["achieved_drop_rate"] - inner["drop_rate"]).abs().max()
     return (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from delta_analysis.reports.session import interval_text, percent, tolerance_text
-from delta_analysis.studies.model_size import Gain, delta_moves, gains, steps
+from delta_analysis.studies import model_size as study
 from delta_analysis.sweeps import logit
 
 SHOWN = {"abs_p50": "median |δ|", "relative_rms": "rms δ / rms base"}
@@ -20,7 +20,7 @@ def shown_table(tolerances: pd.DataFrame) -> pd.DataFrame:
 
 def headline_of(tolerances: pd.DataFrame) -> str:
     """In how many relations the tolerated drop rate rises or falls with size."""
-    found = gains(tolerances)
+    found = study.gains(tolerances)
     if not found:
         told = "; ".join(f"{row['pair']} tolerates {tolerance_text(row)}" for _, row in tolerances.iterrows())
         return f"A single size is given, so nothing can be said of size: {told}."
@@ -36,10 +36,10 @@ def headline_of(tolerances: pd.DataFrame) -> str:
 
 def gains_list(tolerances: pd.DataFrame) -> str:
     """What the largest size of each relation tolerates beside the smallest."""
-    return "\n".join(f"- **{relation}**: {_gain_text(gain)}" for relation, gain in gains(tolerances).items())
+    return "\n".join(f"- **{relation}**: {_gain_text(gain)}" for relation, gain in study.gains(tolerances).items())
 
 
-def _gain_text(gain: Gain) -> str:
+def _gain_text(gain: study.Gain) -> str:
     low, high = gain.difference.low, gain.difference.high
     verdict = "more" if low > 0 else "less" if high < 0 else "neither clearly more nor clearly less"
     small, large = (f"{tolerance_text(row)} at {row['parameters'] / 1e6:.2g}M" for row in (gain.smallest, gain.largest))
@@ -51,7 +51,7 @@ def _gain_text(gain: Gain) -> str:
 
 def steps_text(tolerances: pd.DataFrame) -> str:
     """How often the next size tolerates more or less."""
-    found = steps(tolerances)
+    found = study.steps(tolerances)
     rising, falling = sum(step.low > 0 for step in found), sum(step.high < 0 for step in found)
     return (
         f"From one size to the next the tolerated drop rate rises clearly in {rising} of {len(found)} steps and falls "
@@ -69,7 +69,7 @@ def limits_text(tolerances: pd.DataFrame, metric: str) -> str:
         f"{parameters.nunique()} sizes over a factor of {parameters.max() / parameters.min():.0f} in parameters, one "
         "model of each size and relation, so a difference between two sizes may as well be one between two trainings"
     ]
-    if moves := delta_moves(tolerances):
+    if moves := study.delta_moves(tolerances):
         told = "told apart" if min(moves) > 0.9 and max(moves) < 1.1 else "not told apart"
         parts.append(
             "from the smallest to the largest, the delta of a fine-tune changes by a factor of "

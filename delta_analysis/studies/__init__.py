@@ -1,5 +1,6 @@
 """What one report computes beyond the library."""
 
+from delta_analysis.studies import dare_ablation, model_size
 from delta_analysis.studies.causes import share_of
 from delta_analysis.studies.foresight import delta_predictors
 from delta_analysis.studies.merging import (
@@ -28,9 +29,11 @@ __all__ = [
     "SETTING",
     "SLACKS",
     "SUM",
+    "dare_ablation",
     "delta_predictors",
     "joined",
     "mean_of",
+    "model_size",
     "saturation",
     "share_of",
     "slack_name",
