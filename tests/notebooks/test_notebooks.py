@@ -98,7 +98,7 @@ def test_committed_notebooks_are_clean(name: str) -> None:
 
 
 LONGEST = 12
-STILL_COMPUTING = [name for name in NOTEBOOKS if not name.startswith("00_")]
+STILL_COMPUTING = [name for name in NOTEBOOKS if name[:2] not in ("00", "02", "07")]
 """Notebooks that hold code which is to move into the package."""
 
 
