@@ -5,6 +5,7 @@ from delta_analysis.evaluation.drift import OutputDrift
 from delta_analysis.evaluation.exact_match import ExactMatch, Question, load_questions
 from delta_analysis.evaluation.harness import LmEval
 from delta_analysis.evaluation.hidden_states import HiddenSimilarity
+from delta_analysis.evaluation.margins import Margins, first_items, margins_of
 from delta_analysis.evaluation.models import (
     _write,
     check_device,
@@ -27,6 +28,7 @@ __all__ = [
     "Kind",
     "Labelled",
     "LmEval",
+    "Margins",
     "Outcomes",
     "OutputDrift",
     "Question",
@@ -35,10 +37,12 @@ __all__ = [
     "check_device",
     "check_texts",
     "finetuned_model",
+    "first_items",
     "load_labelled",
     "load_model",
     "load_questions",
     "load_tokenizer",
+    "margins_of",
     "parameters_of",
     "patched",
     "token_batches",

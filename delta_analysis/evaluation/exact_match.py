@@ -10,7 +10,7 @@ from typing import ClassVar
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from delta_analysis._errors import checked_number
-from delta_analysis.evaluation.generation import matches, plan
+from delta_analysis.evaluation.generation import Plan, matches, plan
 from delta_analysis.evaluation.protocol import SPEED, Evaluation, Kind, Outcomes, Prepared
 
 
@@ -112,16 +112,20 @@ class ExactMatch:
 
     def prepared(self, untouched: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Evaluation:
         """The same evaluation with its tokens and batches at hand."""
-        prompts = [question.prompt for question in self.questions]
-        if self.chat_template:
-            prompts = [_chat(tokenizer, prompt) for prompt in prompts]
-        answers = [question.answer.split("\n", 1)[0] for question in self.questions]
-        made = plan(untouched, tokenizer, prompts, answers, self.batch_size)
+        made = self.planned(untouched, tokenizer)
 
         def judge(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Outcomes:
             return {"accuracy": matches(model, tokenizer, made)}
 
         return Prepared(self, judge)
+
+    def planned(self, untouched: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Plan:
+        """The answers as drafts in tokens, and the batches to check them in."""
+        prompts = [question.prompt for question in self.questions]
+        if self.chat_template:
+            prompts = [_chat(tokenizer, prompt) for prompt in prompts]
+        answers = [question.answer.split("\n", 1)[0] for question in self.questions]
+        return plan(untouched, tokenizer, prompts, answers, self.batch_size)
 
     def __call__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Outcomes:
         return self.prepared(model, tokenizer)(model, tokenizer)

@@ -134,18 +134,21 @@ def _keeps_keys_and_values(model: PreTrainedModel) -> bool:
 
 def _choices(model: PreTrainedModel, batch: Batch) -> np.ndarray:
     """The model's greedy token after each of the kept positions, (rows, kept)."""
-    ids = batch.ids.to(model.device)
-    with torch.inference_mode():
-        if batch.prefix:
-            cache = DynamicCache(config=model.config)
-            model(input_ids=ids[:1, : batch.prefix], past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache.batch_repeat_interleave(len(ids))
-            rest = ids[:, batch.prefix :]
-            logits = model(input_ids=rest, past_key_values=cache, use_cache=True, logits_to_keep=batch.kept).logits
-        else:
-            logits = model(input_ids=ids, use_cache=False, logits_to_keep=batch.kept).logits
-        choices: np.ndarray = logits.argmax(dim=-1).cpu().numpy()
+    choices: np.ndarray = draft_logits(model, batch).argmax(dim=-1).cpu().numpy()
     return choices
+
+
+@torch.inference_mode()
+def draft_logits(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+    """Logits after each of the kept positions, (rows, kept, vocabulary)."""
+    ids = batch.ids.to(model.device)
+    if not batch.prefix:
+        return model(input_ids=ids, use_cache=False, logits_to_keep=batch.kept).logits
+    cache = DynamicCache(config=model.config)
+    model(input_ids=ids[:1, : batch.prefix], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    cache.batch_repeat_interleave(len(ids))
+    rest = ids[:, batch.prefix :]
+    return model(input_ids=rest, past_key_values=cache, use_cache=True, logits_to_keep=batch.kept).logits
 
 
 def _generated(choices: np.ndarray, batch: Batch, drafts: Sequence[Draft]) -> Iterator[list[int]]:
