@@ -7,8 +7,7 @@ the untouched margins their shift. At odds r the margins are taken to be
     margins + (r/r0)^a·(mean shift + mix of the deviations of the shifts) + (r/r0)^b·(mix of the responses),
 
 a = 1 and b = 1/2 while the noise is small, and as seen between two odds where it is not,
-with independent weights of length 1 in both mixes, those of the shifts of sum 0, and what a sweep would measure
-follows from them.
+with independent normal weights in both mixes, and what a sweep would measure follows from them.
 """
 
 from __future__ import annotations
@@ -90,7 +89,7 @@ def noise(seed: int) -> Change:
     """The delta times normal numbers, which the device draws."""
 
     def drawn(name: str, delta: torch.Tensor) -> torch.Tensor:
-        generator = torch.Generator(delta.device).manual_seed(stream_key(seed, name).low)
+        generator = torch.Generator(delta.device).manual_seed(stream_key(seed, name)[0])
         return torch.empty_like(delta).normal_(generator=generator).mul_(delta)
 
     return drawn
@@ -188,11 +187,11 @@ class Curve:
 
     def __init__(self, found: Expansion, judged: Margins, scale: Scale, powers: Powers = SMALL) -> None:
         self.found, self.judged, self.scale, self.powers = found, judged, scale, powers
-        draw = np.random.default_rng(0).standard_normal
-        weights, others = draw((2, MIXES, len(found.responses)))
+        count = len(found.responses)
+        weights, others = np.random.default_rng(0).standard_normal((2, MIXES, count)).astype(np.float32)
         self.shift = found.shifts.mean(0)
-        self.responses = np.tensordot(_unit(weights), found.responses, 1)
-        self.deviations = np.tensordot(_unit(others - others.mean(1, keepdims=True)), found.shifts, 1)
+        self.responses = np.tensordot(weights / math.sqrt(count), found.responses, 1)
+        self.deviations = np.tensordot(others / math.sqrt(count - 1), found.shifts - self.shift, 1)
 
     def outcomes(self, x: float) -> np.ndarray:
         """Outcomes (mixes, items) at log odds x."""
@@ -212,12 +211,6 @@ class Curve:
     def tolerated(self, keep: float = KEPT_SHARE) -> float:
         """Log odds up to which so much is kept."""
         return crossing_down(self.kept, keep, *BEYOND)
-
-
-def _unit(weights: np.ndarray) -> np.ndarray:
-    """Weights of length 1, so that a mix of few normal draws is normal too, and no heavier in its tails."""
-    found: np.ndarray = (weights / np.linalg.norm(weights, axis=1, keepdims=True)).astype(np.float32)
-    return found
 
 
 def crossing_down(falling: Callable[[float], float], level: float, low: float, high: float) -> float:
