@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -22,8 +23,12 @@ from delta_analysis._kernels import map_blocks, uninitialised
 from delta_analysis.checkpoints import (
     TOKENIZER,
     Checkpoint,
+    Converted,
     TensorReference,
     bare_name,
+    input_embedding,
+    model_class,
+    model_map,
     output_head,
     tokenizer_folder,
     written_whole,
@@ -35,12 +40,16 @@ DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 class Part(NamedTuple):
-    """A tensor to be saved: the model's own, what replaces it or its first rows, and how it is stored."""
+    """A tensor to be saved: the model's own, what replaces it or its first rows, and how it is stored.
+
+    `finetuned` tells whether the model's own is the fine-tune's, whose entries stay as they are where the delta's do.
+    """
 
     own: TensorReference
     start: TensorReference | None
     delta_name: str
     dtype: str
+    finetuned: bool
 
     @property
     def nbytes(self) -> int:
@@ -104,12 +113,13 @@ def save_checkpoint(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out}: exists already; choose another out_dir, or remove it")
     model = base if delta.finetuned.is_delta else delta.finetuned
-    parts = _plan(base, delta, model, dtype)
+    # A bare file of weights has neither configuration nor tokenizer.
+    described = model if model.config else base
+    parts, ties_head = _as_loaded(_plan(base, delta, model, dtype), described)
     with written_whole(out) as folder:
         folder.mkdir()
         table = _write_shards(delta, parts, folder, max_shard_size)
-        # A bare file of weights has neither configuration nor tokenizer.
-        _write_config(model if model.config else base, folder, parts)
+        _write_config(described, folder, parts, ties_head=ties_head)
         for file in _tokenizer(model, base):
             shutil.copy(file, folder / file.name)
         # They describe the delta as it was made, before any edit.
@@ -144,8 +154,17 @@ def _plan(base: Checkpoint, delta: Delta, model: Checkpoint, dtype: str | None) 
             f"{model.source}: the delta is the fine-tuned weights themselves; load it with its base to save their sum"
         )
     short = {bare_name(name): name for name in base}
+    own = dict(model.references)
     changes: dict[str, tuple[TensorReference | None, str]] = {}
     for name, match in delta.compared.items():
+        side = match.base if model is base else match.finetuned
+        if isinstance(side, Converted):
+            # What the files have in parts is saved as the model has it, which loads as well.
+            own = {each: reference for each, reference in own.items() if each not in side.placement.stored}
+            own[name] = side
+        if isinstance(match.base, Converted):
+            changes[name] = match.base, name
+            continue
         target = match.base_name or name
         target = target if target in base else short.get(bare_name(target), target)
         start = base.references.get(target)
@@ -157,17 +176,35 @@ def _plan(base: Checkpoint, delta: Delta, model: Checkpoint, dtype: str | None) 
                 f"{taken_from}; save with the base that the delta was taken from"
             )
         place = target if model is base else name
-        if bare_name(place) != bare_name(name):
-            raise NotHomologousError(
-                f"{base.source}: ties {name!r} to {target!r}, and the delta changes the first alone; "
-                "save with a base that has both"
-            )
+        if model is base and output_head([name]) and input_embedding([target]):
+            # A head that the base ties to its embeddings becomes a matrix of its own.
+            place, own[name] = name, start
         changes[place] = start, name
     parts = {}
-    for name, own in model.references.items():
+    for name, reference in own.items():
         start, delta_name = changes.get(name, (None, ""))
-        parts[name] = Part(own, start, delta_name, dtype or _storable(own))
+        parts[name] = Part(reference, start, delta_name, dtype or _storable(reference), model is not base)
     return parts
+
+
+def _as_loaded(parts: dict[str, Part], model: Checkpoint) -> tuple[dict[str, Part], bool]:
+    """The parts under names that transformers finds, and whether the configuration ties the head to the embeddings.
+
+    A matrix that is stored under its second name gets its first.
+    """
+    shapes = {name: part.own.shape for name, part in parts.items()}
+    found = model_class(model.config, shapes)
+    if found is None:
+        return parts, model.ties_head
+    placed = model_map(model.config, shapes, found)
+    made = {parameter for placement in placed.placements for parameter in placement.shapes}
+    first = {
+        placement.stored[0]: placed.tied[parameter]
+        for placement in placed.placements
+        for parameter in placement.shapes
+        if placed.tied.get(parameter, parameter) not in made and not placement.converts
+    }
+    return {first.get(name, name): part for name, part in parts.items()}, bool(placed.tied)
 
 
 def _storable(reference: TensorReference) -> str:
@@ -208,7 +245,8 @@ def _sum(name: str, delta: Delta, part: Part) -> tuple[torch.Tensor, dict[str, o
     else:
         change = delta[part.delta_name]
         rows = slice(len(change)) if change.dim() else ...
-        stored, counts = _rounded(part.start.read()[rows], change, dtype)
+        own = part.own.read()[rows] if part.finetuned else None
+        stored, counts = _rounded(part.start.read()[rows], change, dtype, own)
         if stored.shape != part.own.shape:
             beyond_base, more = _rounded(part.own.read()[len(change) :], None, dtype)
             stored, counts = torch.cat([stored, beyond_base]), counts + more
@@ -221,14 +259,20 @@ def _sum(name: str, delta: Delta, part: Part) -> tuple[torch.Tensor, dict[str, o
     return stored, {"dtype": part.dtype, "numel": stored.numel(), **shares}
 
 
-def _rounded(start: torch.Tensor, change: torch.Tensor | None, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def _rounded(
+    start: torch.Tensor, change: torch.Tensor | None, dtype: torch.dtype, own: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """`float32(start) + change` in the dtype; how many entries change, are lost, and left the dtype's range."""
     stored = uninitialised(start.shape, dtype)
     out, changes = stored.view(-1), None if change is None else change.reshape(-1)
+    tuned = None if own is None else own.reshape(-1)
 
     def add(before: torch.Tensor, at: int) -> list[int]:
         place = slice(at, at + before.numel())
         after = before if changes is None else before + changes[place]
+        if tuned is not None and changes is not None:
+            whole = tuned[place].to(torch.float32)
+            after = torch.where(changes[place] == whole - before, whole, after)
         out[place] = after
         # The extremes, which are NaN where an entry is, take less than a look at each entry.
         finite = all(map(math.isfinite, torch.stack(torch.aminmax(out[place])).tolist()))
@@ -260,17 +304,24 @@ def _write_file(path: Path, parts: dict[str, Part], make: Callable[[str], torch.
         os.fsync(file.fileno())
 
 
-def _write_config(model: Checkpoint, folder: Path, parts: dict[str, Part]) -> None:
+def _write_config(model: Checkpoint, folder: Path, parts: dict[str, Part], *, ties_head: bool) -> None:
     if not model.config:
         return
     sizes: Counter[str] = Counter()
     for part in parts.values():
         sizes[part.dtype] += part.nbytes
     # transformers loads weights in the dtype that the configuration names, whatever they are stored in.
-    stated = {"torch_dtype" if "torch_dtype" in model.config else "dtype": sizes.most_common(1)[0][0]}
+    names = [name for name in ("torch_dtype", "dtype") if name in model.config] or ["dtype"]
+    stated: dict[str, object] = dict.fromkeys(names, sizes.most_common(1)[0][0])
+    if ties_head and output_head(parts) is not None and input_embedding(parts) is not None:
+        stated["tie_word_embeddings"] = False
     config = {**model.config, **stated}
     if isinstance(config.get("text_config"), dict):
         config["text_config"] = {**config["text_config"], **stated}
-    if output_head(parts) is not None and model.ties_head:
-        config["tie_word_embeddings"] = False
+    if config.pop("quantization_config", None) is not None:
+        warnings.warn(
+            f"{model.source}: its config.json asks for quantisation, and the weights are saved as they are computed; "
+            "the setting is left out of what is saved",
+            stacklevel=3,
+        )
     (folder / "config.json").write_text(json.dumps(config, indent=1, default=str) + "\n", encoding="utf-8")

@@ -11,7 +11,15 @@ import torch
 
 from delta_analysis._errors import NotHomologousError
 from delta_analysis._kernels import to_float32
-from delta_analysis.checkpoints import Checkpoint, InFile, Source, TensorReference, open_checkpoint, reading_order
+from delta_analysis.checkpoints import (
+    Checkpoint,
+    InFile,
+    Source,
+    TensorReference,
+    open_checkpoint,
+    output_head,
+    reading_order,
+)
 from delta_analysis.deltas import Delta, Match, align
 
 Hashes = dict[tuple[TensorReference, tuple[int, ...]], str]
@@ -100,6 +108,14 @@ def check_deltas(deltas: Sequence[Delta]) -> list[Delta]:
 def _matches(base: Checkpoint, deltas: Sequence[Delta]) -> list[Match]:
     """What is merged with what of the base, after all deltas were found to fit."""
     each = [delta.compared for delta in deltas]
+    heads = {name for matches in each for name in matches if output_head([name])}
+    for delta, matches in zip(deltas, each, strict=True):
+        if heads - matches.keys() and delta.finetuned.ties_head and output_head(matches) is None:
+            raise NotHomologousError(
+                f"{delta.finetuned.source}: ties its output head to its embeddings, and another delta has a head of "
+                f"its own, {min(heads)!r}; untie it first (load it with transformers, give lm_head.weight a copy "
+                "of the embeddings, set tie_word_embeddings to false, save_pretrained), then merge"
+            )
     whole = [k for k, delta in enumerate(deltas) if not delta.finetuned.is_delta] or range(len(deltas))
     names = dict.fromkeys(name for k in whole for name in each[k])
     for k, delta in enumerate(deltas):

@@ -39,6 +39,7 @@ from delta_analysis.checkpoints.checkpoint import open_checkpoint
 from delta_analysis.deltas import saving
 from delta_analysis.deltas.delta import load_delta
 from delta_analysis.pruning import Dare, Magnitude
+from tests import architectures
 from tests.checkpoints.test_checkpoint import tiny_llama
 from tests.conftest import SaveCheckpoint
 from tests.deltas.test_delta import normal
@@ -138,7 +139,8 @@ def test_the_dtype_asked_for_is_that_of_files_and_configuration(
     for (name, tensor), expected in zip(saved.items(), each, strict=True):
         assert tensor.dtype == getattr(torch, expected)
         assert table.loc[name, "dtype"] == expected
-        torch.testing.assert_close(tensor, (base[name].float() + delta[name]).to(tensor.dtype), rtol=0, atol=0)
+        # What was not pruned is the fine-tune's own.
+        assert torch.equal(tensor, finetuned[name].to(tensor.dtype))
     # Of 5 entries each most bytes are float32, whatever the fine-tune's configuration said.
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config == {"dtype": dtype or "float32", "hidden_size": 5}
@@ -537,7 +539,8 @@ def test_of_two_saves_at_once_one_wins_whole(small: tuple[Path, Path], tmp_path:
     assert isinstance(next(error for error in errors if error is not None), OSError)
     saved = open_checkpoint(out)
     assert set(saved) == set(base)
-    assert all(torch.equal(saved[name], base[name] + winner * delta[name]) for name in base)
+    expected = delta.finetuned if winner else base
+    assert all(torch.equal(saved[name], expected[name]) for name in base)
     assert sorted(tmp_path.iterdir()) == sorted([*before, out])
 
 
@@ -619,7 +622,8 @@ def test_the_same_base_under_another_prefix_is_fine(small: tuple[Path, Path], tm
     saved = load_file(tmp_path / "out" / "model.safetensors")
     assert set(saved) == ({name.removeprefix("model.") for name in tensors} if is_delta else set(tensors))
     for name, tensor in tensors.items():
-        assert torch.equal(saved[name.removeprefix("model.") if is_delta else name], tensor + delta[name])
+        expected = tensor + delta[name] if is_delta else delta.finetuned[name]
+        assert torch.equal(saved[name.removeprefix("model.") if is_delta else name], expected)
 
 
 def test_scalars_and_empty_tensors_are_saved(save_checkpoint: SaveCheckpoint, tmp_path: Path) -> None:
@@ -632,3 +636,29 @@ def test_scalars_and_empty_tensors_are_saved(save_checkpoint: SaveCheckpoint, tm
         assert torch.equal(tensor, tuned[name])
     assert table.set_index("tensor")["numel"].to_dict() == {"empty.weight": 0, "flat": 3, "scale": 1}
     assert table["lost_share"].tolist() == [0.0, 0.0, 0.0]
+
+
+def test_a_tied_matrix_under_its_second_name_is_saved_under_its_first(tmp_path: Path) -> None:
+    base = architectures.tiny_model("Llama, tied")
+    for name, model in {"base": base, "tuned": architectures.moved(base, seed=1)}.items():
+        model.save_pretrained(tmp_path / name)
+    file = tmp_path / "tuned" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, file, metadata={"format": "pt"})
+    delta = load_delta(base=tmp_path / "base", finetuned=tmp_path / "tuned")
+    assert delta.coverage()["status"].eq("compared").all()
+    saving.save_checkpoint(open_checkpoint(tmp_path / "base"), delta, tmp_path / "out")
+    again, report = type(base).from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert torch.equal(architectures.outputs(again.eval()), architectures.outputs(architectures.moved(base, seed=1)))
+
+
+def test_a_setting_of_quantisation_is_left_out_and_told(small: tuple[Path, Path], tmp_path: Path) -> None:
+    file = small[1] / "config.json"
+    config = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps(config | {"model_type": "strange", "quantization_config": {"load_in_4bit": True}}))
+    delta = load_delta(base=small[0], finetuned=small[1])
+    with pytest.warns(UserWarning, match="asks for quantisation"):
+        saving.save_checkpoint(open_checkpoint(small[0]), delta, tmp_path / "out")
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())

@@ -21,6 +21,7 @@ from delta_analysis.deltas.saving import save_checkpoint as save_model
 from delta_analysis.evaluation.models import load_model
 from delta_analysis.merging.compatibility import check_mergeable
 from delta_analysis.merging.merger import merge
+from tests import architectures
 from tests.conftest import SaveCheckpoint
 
 Tensors = dict[str, torch.Tensor]
@@ -322,3 +323,15 @@ def test_deltas_are_a_list_of_deltas() -> None:
         merge(BASE, [delta, SOURCES[1]], da.merging.Average())  # type: ignore[list-item]
     with pytest.raises(ValueError, match="deltas: number 0 is str"):
         merge(BASE, SOURCES[0], da.merging.Average())  # type: ignore[arg-type]
+
+
+def test_a_head_of_its_own_beside_a_tied_one_is_told_with_the_way_out(tmp_path: Path) -> None:
+    base = architectures.tiny_model("Llama, tied")
+    tied, own = architectures.moved(base, seed=1), architectures.moved(base, seed=2)
+    own.config.tie_word_embeddings = False
+    own.lm_head.weight = torch.nn.Parameter(own.lm_head.weight.detach() + 0.01)
+    for name, model in {"base": base, "tied": tied, "own": own}.items():
+        model.save_pretrained(tmp_path / name)
+    deltas = [load_delta(base=tmp_path / "base", finetuned=tmp_path / name) for name in ("tied", "own")]
+    with pytest.raises(NotHomologousError, match=r"tied: ties its output head .* 'lm_head\.weight'; untie it first"):
+        check_mergeable(tmp_path / "base", deltas)
