@@ -173,7 +173,12 @@ def test_every_notebook_is_named_in_the_readme() -> None:
 
 
 def test_help_of_the_command_lines_names_their_options() -> None:
-    options = {"zoo": "--size", "reports.publish": "--other-base", "reports.calibration": "--out"}
+    options = {
+        "zoo": "--size",
+        "reports.publish": "--other-base",
+        "reports.calibration": "--out",
+        "reports.foretold": "--out",
+    }
     commands = [[sys.executable, "-m", f"delta_analysis.{module}", "--help"] for module in options]
     # At the same time: most of it is the import of torch.
     running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in commands]

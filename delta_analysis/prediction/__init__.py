@@ -1,5 +1,6 @@
 """Noise in the layers, and the drop rate foretold."""
 
+from delta_analysis.prediction.foresight import Foretold, tolerated_drop_rate
 from delta_analysis.prediction.layers import delta_noise, layer_noise
 from delta_analysis.prediction.predict import (
     ForetoldDropRate,
@@ -8,10 +9,10 @@ from delta_analysis.prediction.predict import (
     fit_line,
     foretell,
     left_out,
-    tolerated_drop_rate,
 )
 
 __all__ = [
+    "Foretold",
     "ForetoldDropRate",
     "calibration_file",
     "calibration_table",

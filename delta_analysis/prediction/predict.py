@@ -1,4 +1,6 @@
-"""Foretell the tolerated drop rate: from the noise in the layers, or from the value ranges alone.
+"""A line through tolerated drop rates against the noise in the layers, which report 05 judges as a predictor.
+
+`foresight` foretells without it: a line fitted on this family does not travel to other models.
 
 The line is fitted on the embedded family, whose tolerated drop rates were measured (`reports.calibration`).
 Dropping makes noise of energy `p/(1-p) · N` in a layer; if a model breaks when this passes some share τ of
@@ -19,7 +21,6 @@ import pandas as pd
 
 from delta_analysis.checkpoints import find_root
 from delta_analysis.deltas import Delta
-from delta_analysis.prediction.layers import delta_noise
 from delta_analysis.sweeps import CONFIDENCE, END, HIGHEST, LOWEST, inverse_logit, logit
 
 WITH_INPUTS, WITHOUT_INPUTS = "noise_rss", "norms_rss"
@@ -113,42 +114,6 @@ class ForetoldDropRate:
     predictor: str
     value: float
     outside: tuple[str, ...]
-
-
-def tolerated_drop_rate(delta: Delta, inputs: Sequence[str] | None = None, *, scope: str = "all") -> ForetoldDropRate:
-    """Foretell how much of a delta DARE can drop, from the checkpoints and one forward pass over some texts.
-
-    With inputs from the noise shares N/Y of `layer_noise`, as the root of their sum of squares; without from
-    `‖D‖²/‖W‖²` likewise. A line through what was measured on the embedded family does the rest.
-
-    Parameters
-    ----------
-    delta : as from `load_delta`.
-    inputs : a few texts of the kind that the fine-tune is for; None: from the checkpoints alone, which
-        loads no model and foretells less well.
-    scope : which tensors are dropped from, as in `Edit`.
-
-    Raises
-    ------
-    ValueError
-        A scope that selects nothing; one in which the delta is zero, or with inputs reaches no layer.
-
-    Examples
-    --------
-    >>> from delta_analysis import load_delta
-    >>> found = tolerated_drop_rate(load_delta(base="zoo:small/code-cpt", finetuned="zoo:small/code"))
-    >>> found.low < found.tolerated < found.high
-    True
-    """
-    predictor = WITHOUT_INPUTS if inputs is None else WITH_INPUTS
-    shares = delta_noise(delta, inputs, scope=scope).reindex(columns=["noise_share"]).dropna()
-    value = float(np.linalg.norm(shares)) if len(shares) else math.nan
-    if not value > 0:
-        raise ValueError(
-            f"scope {scope!r}: {predictor} is {value:g} there, and it foretells only above 0; "
-            "either the delta is zero there, or no layer that inputs reach is in the scope: try another scope"
-        )
-    return foretell(delta, predictor, value, calibration_table())
 
 
 def foretell(delta: Delta, predictor: str, value: float, table: pd.DataFrame) -> ForetoldDropRate:

@@ -13,7 +13,7 @@ import delta_analysis as da
 from delta_analysis.checkpoints.paths import find_root
 from delta_analysis.checkpoints.provenance import content_hash
 from delta_analysis.prediction.predict import calibration_file, calibration_table
-from delta_analysis.reports import calibration
+from delta_analysis.reports import calibration, foretold
 from delta_analysis.reports.calibration import PARTS, TOLERANCE, groups, main, measure, tolerance
 from delta_analysis.reports.family import SIZES, Relation, task_pairs, trail
 from delta_analysis.reports.parameter_checks import choose_evaluation
@@ -72,8 +72,8 @@ def test_the_committed_table_is_what_is_measured() -> None:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few questions and seeds, and a search of a few steps."""
-    few = {"SEEDS": (0, 1), "QUESTIONS": 16, "COARSE_SEEDS": (0,), "COARSE_QUESTIONS": 8, "TEXTS": 4, "RESOLUTION": 2.0}
-    for constant, value in few.items():
+    few = calibration.Effort(2, 16, (1, 8), 2.0)
+    for constant, value in {"WHOLE": few, "PART": few, "TEXTS": 4}.items():
         monkeypatch.setattr(calibration, constant, value)
 
 
@@ -112,6 +112,19 @@ def test_the_search_that_begins_near_the_answer_finds_what_one_from_the_ends_doe
         [pair], Edit(da.Dare(0.5), "mlp"), [evaluation], (0, 1), tmp_path / "far", resolution=0.25
     )
     assert logit(near["tolerated"][0]) == pytest.approx(logit(far["tolerated"][0]), abs=0.5)
+
+
+@pytest.mark.usefixtures("small")
+def test_a_pair_foretold_beside_its_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(foretold, "WHOLE", calibration.WHOLE)
+    relation = task_pairs("tiny")[1]
+    row = foretold.beside(relation, "tiny", tmp_path)
+    committed = pd.read_csv(foretold.foretold_file())
+    assert list(row) == committed.columns.tolist()
+    assert (row["base"], row["finetuned"]) == relation[:2]
+    assert row["tolerated"] == tolerance(relation.pair, relation.task, "all", tmp_path)["tolerated"][0]
+    pairs = [(base, tuned) for _, relations, _ in groups() for base, tuned, *_ in relations]
+    assert list(committed[["base", "finetuned"]].itertuples(index=False, name=None)) == pairs
 
 
 @pytest.fixture
