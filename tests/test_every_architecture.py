@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 import delta_analysis as da
+from delta_analysis.checkpoints import find_root
 from delta_analysis.merging import Average
 from delta_analysis.sweeps import Edit, Pair
 from delta_analysis.sweeps.pairs import EditablePair
@@ -24,6 +26,13 @@ def models(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[PreTrainedMo
     for name, model in {"base": base, "tuned": tuned, "other": other}.items():
         model.save_pretrained(tmp_path / name)
     return base, tuned
+
+
+def test_the_readme_names_what_is_tested() -> None:
+    text = (find_root() / "README.md").read_text(encoding="utf-8")
+    (named,) = re.findall(r"on a tiny random model each: (.*?)\. An architecture", text)
+    names = [name for name in ARCHITECTURES if name not in ("Llama, tied", "Gemma 3, multimodal", "BERT, classifier")]
+    assert named.replace(" (text and multimodal)", "").split(", ") == names
 
 
 def reloaded(model: PreTrainedModel, folder: Path) -> torch.Tensor:
