@@ -12,7 +12,15 @@ from delta_analysis.checkpoints.names import (
     parse_name,
     reading_order,
 )
-from delta_analysis.checkpoints.paths import find_input, find_root, resolve, sha256, written_whole, zoo_names
+from delta_analysis.checkpoints.paths import (
+    find_input,
+    find_root,
+    resolve,
+    sha256,
+    writable_folder,
+    written_whole,
+    zoo_names,
+)
 from delta_analysis.checkpoints.placement import Converted, ModelMap, Placement, model_class, model_map, settings_of
 from delta_analysis.checkpoints.provenance import content_hash, file_hashes, versions
 from delta_analysis.checkpoints.published import PREFIX, known_pairs, pair_sources
@@ -53,6 +61,7 @@ __all__ = [
     "text_settings",
     "tokenizer_folder",
     "versions",
+    "writable_folder",
     "written_whole",
     "zoo_names",
 ]

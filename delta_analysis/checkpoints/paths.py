@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from delta_analysis._errors import CheckpointError
 
@@ -34,7 +35,18 @@ def resolve(path: str | Path) -> Path:
 def find_input(path: str | Path) -> Path:
     """A path to read: from the working directory if it is there, else relative to the repository."""
     given = Path(path).expanduser()
-    return given.resolve() if given.exists() else resolve(given)
+    if not given.exists():
+        return resolve(given)
+    # A file keeps its own name: in the hub's cache it is a link to one without a suffix.
+    return given.resolve() if given.is_dir() else given.parent.resolve() / given.name
+
+
+def writable_folder(path: str | Path) -> Path:
+    """The folder, made if it is absent; an OSError now, before any work, if nothing can be written there."""
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryFile(dir=folder):
+        return folder
 
 
 @contextmanager

@@ -40,7 +40,7 @@ def load_labelled(path: str | Path, count: int | None = None) -> list[Labelled]:
     [Labelled(text='qdkg in capitals is HZES\n', label=0)]
     """
     examples = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n"), start=1):
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").rstrip().split("\n"), start=1):
         try:
             fields = json.loads(line)
             example = Labelled(fields["text"], fields["label"])

@@ -33,7 +33,7 @@ def load_questions(path: str | Path, count: int | None = None) -> list[Question]
         A line that is no such object, or whose prompt is empty.
     """
     questions = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n"), start=1):
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").rstrip().split("\n"), start=1):
         try:
             fields = json.loads(line)
             question = Question(fields["prompt"], fields["answer"])

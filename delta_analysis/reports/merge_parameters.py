@@ -19,6 +19,7 @@ from delta_analysis.reports.parameter_checks import (
     check_pair,
     evaluation_file,
     found_source,
+    named_sources,
     parse_scalings,
 )
 from delta_analysis.reports.parameters import SweepParameters
@@ -59,8 +60,8 @@ class MergeParameters(SweepParameters):
         self.evaluations()
 
     def _check_sources(self) -> None:
-        sources = [part.strip() for part in self.finetuned.split(",")]
-        tasks = [part.strip() for part in self.evaluation.split(",")]
+        sources = named_sources(self.finetuned)
+        tasks = named_sources(self.evaluation)
         if len(sources) < 2 or not all(sources):
             raise ParameterError(
                 "finetuned", f"must name at least two fine-tunes, commas between; not {self.finetuned!r}"
@@ -76,7 +77,7 @@ class MergeParameters(SweepParameters):
                 lacking, "is empty; give a continually pre-trained model and its questions, or neither"
             )
         for parameter in ("base", "finetuned", "continued"):
-            parts = [part.strip() for part in getattr(self, parameter).split(",")]
+            parts = named_sources(getattr(self, parameter))
             if named := [part for part in parts if part.startswith(PREFIX)]:
                 raise ParameterError(
                     parameter, f"{named[0]!r} names two models; give base and fine-tunes by themselves"
@@ -112,11 +113,11 @@ class MergeParameters(SweepParameters):
 
     def sources(self) -> list[str]:
         """The fine-tunes that are merged."""
-        return ["zoo:small/instruct", "zoo:small/math"] if self.embedded else self.finetuned.split(",")
+        return ["zoo:small/instruct", "zoo:small/math"] if self.embedded else named_sources(self.finetuned)
 
     def relations(self) -> list[Relation]:
         """The fine-tunes that are merged, each with its task."""
-        tasks = ["instruct", "math"] if self.embedded else [part.strip() for part in self.evaluation.split(",")]
+        tasks = ["instruct", "math"] if self.embedded else named_sources(self.evaluation)
         base = "zoo:small/base" if self.embedded else self.base
         return [Relation(base, source, SFT, task) for source, task in zip(self.sources(), tasks, strict=True)]
 

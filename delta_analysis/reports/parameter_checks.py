@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from delta_analysis.checkpoints import find_input, open_checkpoint, resolve, tokenizer_folder
+from delta_analysis.checkpoints import find_input, open_checkpoint, resolve, tokenizer_folder, writable_folder
 from delta_analysis.deltas import load_delta
 from delta_analysis.evaluation import (
     Classification,
@@ -112,7 +112,10 @@ def parse_scalings(given: Rates) -> tuple[float, ...]:
 
 def _numbers(given: Rates) -> tuple[float, ...]:
     """The numbers of a list or a text, or a single one, sorted; none if one of them is no number."""
-    parts = given.split(",") if isinstance(given, str) else [given] if isinstance(given, int | float) else given
+    if isinstance(given, str):
+        # Text of a list, as a command line passes it.
+        given = given.strip().removeprefix("[").removesuffix("]").split(",")
+    parts = [given] if isinstance(given, int | float) else given
     try:
         return tuple(sorted({float(part) for part in parts}))
     except (TypeError, ValueError):
@@ -124,11 +127,9 @@ def made_folder(out_dir: str) -> str:
     try:
         if not out_dir:
             raise NotADirectoryError("no folder is named")
-        folder = resolve(out_dir)
-        folder.mkdir(parents=True, exist_ok=True)
+        return str(writable_folder(resolve(out_dir)))
     except OSError as error:
-        raise ValueError(f"must name a folder that can be made; not {out_dir!r} ({error})") from error
-    return str(folder)
+        raise ValueError(f"must name a folder that can be made and written; not {out_dir!r} ({error})") from error
 
 
 def found_source(source: str) -> str:
@@ -136,6 +137,17 @@ def found_source(source: str) -> str:
     if source and not source.startswith("zoo:") and (path := find_input(source)).exists():
         return str(path)
     return source
+
+
+def named_sources(value: str) -> list[str]:
+    """The sources in a text, with commas between; a path that has commas of its own is one, if it is there."""
+    parts, sources = value.split(","), []
+    while parts:
+        joined = {n: ",".join(parts[:n]).strip() for n in range(len(parts), 0, -1)}
+        count = next((n for n, path in joined.items() if n > 1 and find_input(path).exists()), 1)
+        sources.append(joined[count])
+        del parts[:count]
+    return sources
 
 
 HARNESS = "lm-eval:"
@@ -166,7 +178,7 @@ def choose_evaluation(evaluation: str, n_questions: int, *, chat_template: bool 
     name = evaluation if evaluation in TASKS else path.name
     try:
         text = path.read_text(encoding="utf-8")
-        if not text:
+        if not text.strip():
             raise ValueError("is empty; expected questions, texts with labels, or a text")
         if path.suffix != ".jsonl":
             return TextPerplexity(text, name=name)

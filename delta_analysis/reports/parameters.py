@@ -40,6 +40,7 @@ from delta_analysis.reports.parameter_checks import (
     evaluation_file,
     found_source,
     made_folder,
+    named_sources,
     parse_drop_rates,
 )
 from delta_analysis.sweeps import Edit, Pair
@@ -246,7 +247,7 @@ class ModelSizeParameters(AblationParameters):
         sides = {}
         for parameter in ("base", "finetuned"):
             value = getattr(self, parameter)
-            sides[parameter] = [part.strip() for part in value.split(",")]
+            sides[parameter] = named_sources(value)
             if "," in value and not all(sides[parameter]):
                 raise ParameterError(parameter, f"names nothing between two commas or at an end: {value!r}")
         bases, finetuned = sides.values()

@@ -24,7 +24,7 @@ import papermill
 from nbclient.exceptions import DeadKernelError
 from nbconvert import HTMLExporter
 
-from delta_analysis.checkpoints import find_root
+from delta_analysis.checkpoints import find_input, find_root
 
 OVERVIEW = "00_overview"
 
@@ -50,9 +50,7 @@ def main() -> None:
     given = vars(parser.parse_args())
     out = given.pop("out").resolve()
     # The notebooks run in their own folder, so paths are made absolute here.
-    given = {
-        name: str(Path(value).resolve()) if Path(value).exists() else value for name, value in given.items() if value
-    }
+    given = {name: str(find_input(value)) if Path(value).exists() else value for name, value in given.items() if value}
     try:
         index = build_report(given, out)
     except NotebookError as error:

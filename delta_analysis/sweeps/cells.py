@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from delta_analysis.checkpoints import written_whole
+from delta_analysis.checkpoints import writable_folder, written_whole
 
 STORE = "DELTA_ANALYSIS_CELLS"
 """The environment variable that names a folder for the cells of all sweeps, wherever else they write."""
@@ -105,7 +105,7 @@ class CellStore:
         """The folder that `DELTA_ANALYSIS_CELLS` names, or else `cells` in `out_dir`."""
         # Absolute, since a worker may have another working directory.
         named = os.environ.get(STORE)
-        return cls(Path(named or Path(out_dir) / "cells").expanduser().absolute())
+        return cls(writable_folder(Path(named or Path(out_dir) / "cells").expanduser().absolute()))
 
     def path(self, key: str) -> Path:
         return self.folder / f"{key}.parquet"

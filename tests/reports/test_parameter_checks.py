@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from delta_analysis.reports.parameter_checks import (
     choose_evaluation,
     evaluation_file,
     made_folder,
+    named_sources,
     parse_drop_rates,
 )
 from tests.conftest import SaveCheckpoint
@@ -31,6 +33,7 @@ LABELLED = '{"text": "1+1=2", "label": 1}\n{"text": "1+1=3", "label": 0}\n'
     ("given", "rates"),
     [
         ("0.1,0.5", (0.0, 0.1, 0.5, 1.0)),
+        ("[0.1, 0.5]", (0.0, 0.1, 0.5, 1.0)),
         (0.5, (0.0, 0.5, 1.0)),
         ([0.9, 0.1, 0.9, 0, 1], (0.0, 0.1, 0.9, 1.0)),
     ],
@@ -51,9 +54,31 @@ def test_the_folder_of_results_is_made_or_refused(tmp_path: Path) -> None:
     assert made_folder("runs/test") == str(find_root() / "runs" / "test")
     assert (tmp_path / "a" / "b").is_dir()
     (tmp_path / "file").touch()
-    for wrong in ("", str(tmp_path / "file"), str(tmp_path / "file" / "below")):
+    # The last one is there, and not even root can write in it.
+    for wrong in ("", str(tmp_path / "file"), str(tmp_path / "file" / "below"), "/proc/self"):
         with pytest.raises(ValueError, match="^must name a folder that can be made"):
             made_folder(wrong)
+
+
+def test_sources_have_commas_between_and_paths_may_have_them_inside(tmp_path: Path) -> None:
+    for name in ("a,b", "c"):
+        (tmp_path / name).mkdir()
+    both = f"{tmp_path}/a,b, {tmp_path}/c"
+    assert named_sources(both) == [f"{tmp_path}/a,b", f"{tmp_path}/c"]
+    assert named_sources(f"zoo:small/math,{both}") == ["zoo:small/math", f"{tmp_path}/a,b", f"{tmp_path}/c"]
+    assert named_sources("a,b,,") == ["a", "b", "", ""]
+    assert named_sources("") == [""]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("q.jsonl", ExactMatch), ("l.jsonl", Classification), ("t.txt", TextPerplexity)]
+)
+def test_a_file_of_the_hubs_cache_is_judged_by_the_name_of_its_link(tmp_path: Path, name: str, kind: type) -> None:
+    lines = {"q.jsonl": {"prompt": "2+2=", "answer": "4"}, "l.jsonl": {"text": "a", "label": 1}, "t.txt": {}}
+    # A blank last line is no question.
+    (tmp_path / "0123abcd").write_text(json.dumps(lines[name]) + "\n\n")
+    (tmp_path / name).symlink_to("0123abcd")
+    assert type(choose_evaluation(str(tmp_path / name), 10)) is kind
 
 
 def test_an_adapter_stands_without_its_base_but_answers_with_it_only(tmp_path: Path) -> None:
