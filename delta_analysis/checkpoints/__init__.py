@@ -2,8 +2,8 @@
 
 from delta_analysis.checkpoints.checkpoint import Checkpoint, Source, open_checkpoint, tokenizer_folder
 from delta_analysis.checkpoints.configs import config_differences, text_settings
-from delta_analysis.checkpoints.hub import TOKENIZER
-from delta_analysis.checkpoints.lora import STORED_WHOLE, LoraProduct
+from delta_analysis.checkpoints.hub import TOKENIZER, has_tokenizer
+from delta_analysis.checkpoints.lora import STORED_WHOLE, LoraProduct, OnStored
 from delta_analysis.checkpoints.names import (
     NO_LAYER,
     bare_name,
@@ -37,6 +37,7 @@ __all__ = [
     "InMemory",
     "LoraProduct",
     "ModelMap",
+    "OnStored",
     "Placement",
     "Source",
     "TensorReference",
@@ -46,6 +47,7 @@ __all__ = [
     "file_hashes",
     "find_input",
     "find_root",
+    "has_tokenizer",
     "input_embedding",
     "known_pairs",
     "model_class",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,8 +15,8 @@ from delta_analysis.checkpoints.configs import text_settings
 from delta_analysis.checkpoints.files import not_floating
 from delta_analysis.checkpoints.folders import read_config, read_folder
 from delta_analysis.checkpoints.hub import fetch_tokenizer, fetch_weights, parse_hub_id
-from delta_analysis.checkpoints.lora import LoraProduct, adapter_differences, is_adapter
-from delta_analysis.checkpoints.names import input_embedding, output_head, reading_order
+from delta_analysis.checkpoints.lora import BASE_LAYER, LoraProduct, adapter_differences, is_adapter, way_to_adapter
+from delta_analysis.checkpoints.names import input_embedding, output_head, reading_order, unwrapped
 from delta_analysis.checkpoints.paths import zoo_model
 from delta_analysis.checkpoints.published import PREFIX as PAIR
 from delta_analysis.checkpoints.tensors import InFile, InMemory, TensorReference
@@ -23,8 +24,16 @@ from delta_analysis.checkpoints.tensors import InFile, InMemory, TensorReference
 Source = str | Path | torch.nn.Module
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 BUFFER_DTYPES = (torch.int64, torch.bool)
+MASKS = (torch.bool, torch.uint8)
 BUFFERS = ("inv_freq", "masked_bias")
-CAUSAL_MASKS = ("attn.bias", "attention.bias")
+INTEGER_BUFFERS = ("position_ids", "token_type_ids", "relative_position_index")
+CAUSAL_MASKS = ("attn.bias", "attention.bias", "mask")
+LEFT_OVER = ("quantization_config", "compression_config")
+"""Settings of quantised weights, which are never read: beside weights in full precision they say what is not so."""
+GATHER = (
+    "DeepSpeed's ZeRO-3 saved it before the weights were gathered; gather them with the zero_to_fp32.py that lies in "
+    "the run's checkpoint, or save again with stage3_gather_16bit_weights_on_model_save"
+)
 COMPARED_AT_ONCE = 2**20
 
 
@@ -45,6 +54,7 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         inside an adapter).
     config : the model's `config.json`, empty for a bare file.
     is_delta : whether the tensors are differences from a base, as an adapter's are, and not weights.
+    whole : name -> weight that an adapter has beside its differences; part of its delta once a base is at hand.
     beside : name -> text of files that belong beside it when a model is saved from it.
     """
 
@@ -54,6 +64,7 @@ class Checkpoint(Mapping[str, torch.Tensor]):
     skipped: dict[str, str] = field(repr=False)
     config: dict[str, Any] = field(repr=False)
     is_delta: bool = False
+    whole: Mapping[str, TensorReference] = field(default_factory=dict, repr=False)
     beside: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -71,6 +82,19 @@ class Checkpoint(Mapping[str, torch.Tensor]):
     def files(self) -> list[Path]:
         """The weight files, sorted."""
         return sorted({file for reference in self.references.values() for file in reference.files})
+
+    def is_difference(self, name: str) -> bool:
+        """Whether the tensor is a difference from a base, and not a weight."""
+        return self.is_delta and self.references.get(name) is not self.whole.get(name)
+
+    def with_whole(self) -> Checkpoint:
+        """The adapter with its whole weights among its tensors, for a base to be subtracted from them."""
+        references = {**self.references, **self.whole}
+        ordered = {name: references[name] for name in sorted(references, key=reading_order)}
+        skipped = {
+            name: reason for name, reason in self.skipped.items() if name.replace(BASE_LAYER, ".") not in self.whole
+        }
+        return replace(self, references=ordered, skipped=skipped)
 
     @property
     def ties_head(self) -> bool:
@@ -98,8 +122,13 @@ def open_checkpoint(source: Source) -> Checkpoint:
     ------
     CheckpointError
         No weights, a damaged or missing file, a tensor that the index names and its shard lacks,
-        weights that are not floating point, a hub repository that is gated, missing or out of
+        weights that are not floating point or not gathered, a hub repository that is gated, missing or out of
         reach, an adapter of another kind than plain LoRA. No code from a checkpoint is ever run.
+
+    Warns
+    -----
+    UserWarning
+        Settings of quantisation beside weights in full precision; they are left out of `config`.
 
     Examples
     --------
@@ -116,8 +145,8 @@ def open_checkpoint(source: Source) -> Checkpoint:
         return _checkpoint(type(source).__name__, None, parameters, {}, settings)
     path = find_checkpoint(source)
     if is_adapter(path):
-        references, skipped = adapter_differences(path)
-        return replace(_checkpoint(str(source), path, references, skipped, {}), is_delta=True)
+        references, whole, skipped = adapter_differences(path)
+        return replace(_checkpoint(str(source), path, references, skipped, {}), is_delta=True, whole=whole)
     return _checkpoint(str(source), path, read_folder(path), {}, read_config(path))
 
 
@@ -163,15 +192,27 @@ def _checkpoint(
 ) -> Checkpoint:
     for name, reference in found.items():
         if ".lora_" in name and not isinstance(reference, LoraProduct):
-            raise CheckpointError(
-                f"{path or source}: {name!r} is a factor of an adapter; give the folder with its adapter_config.json"
-            )
+            raise CheckpointError(f"{path or source}: {name!r} is a factor of an adapter; {way_to_adapter(name)}")
+    hollow = [name for name, reference in found.items() if reference.shape == (0,)]
+    if hollow:
+        raise CheckpointError(
+            f"{path or source}: {len(hollow)} of {len(found)} tensors have no entries, such as {hollow[0]!r}: {GATHER}"
+        )
+    short = unwrapped(found)
+    found = {short[name]: reference for name, reference in found.items()}
     buffers = {name: reason for name, reference in found.items() if (reason := _not_a_weight(source, name, reference))}
     repeated = {name: f"tied to {first}, counted there" for name, first in _repeated(found).items()}
     apart = {**repeated, **buffers}
     references = {name: found[name] for name in sorted(found, key=reading_order) if name not in apart}
     if not references:
         raise CheckpointError(f"{path or source}: holds no weights ({len(buffers)} buffers); nothing to compare")
+    if left := [key for key in LEFT_OVER if config.get(key)]:
+        warnings.warn(
+            f"{path or source}: its configuration has a {left[0]}, though its weights are in full precision; "
+            "the setting is left over from training and is not used",
+            stacklevel=3,
+        )
+    config = {key: value for key, value in config.items() if key not in LEFT_OVER}
     return _without_tied_head(Checkpoint(source, path, references, {**skipped, **apart}, config))
 
 
@@ -193,12 +234,14 @@ def _place(reference: TensorReference) -> object:
 
 def _not_a_weight(source: str, name: str, reference: TensorReference) -> str | None:
     """Why the tensor is a buffer, None if it is a weight; integer weights are an error."""
-    if name.endswith(BUFFERS) or (name.endswith(CAUSAL_MASKS) and len(reference.shape) == 4):
+    is_mask = reference.dtype in MASKS or name.endswith(CAUSAL_MASKS)
+    square = len(reference.shape) == 4 and reference.shape[:2] == (1, 1) and reference.shape[2] == reference.shape[3]
+    if name.endswith(BUFFERS) or (is_mask and square):
         return "buffer that the model computes, not a weight"
     if reference.dtype in FLOAT_DTYPES:
         return None
     dtype = str(reference.dtype).removeprefix("torch.")
-    if reference.dtype in BUFFER_DTYPES and not name.endswith("weight"):
+    if name.endswith(INTEGER_BUFFERS) or (reference.dtype in BUFFER_DTYPES and not name.endswith("weight")):
         return f"{dtype} buffer, not a weight"
     raise not_floating(reference.files[0] if reference.files else Path(source), name, dtype)
 

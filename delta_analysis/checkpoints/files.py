@@ -38,6 +38,8 @@ ZIP, LITTLE = b"PK\x03\x04", b"little"
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 MOST_PICKLED = 2**22
 """Bytes that are believed to be an honest pickle of names and shapes; a tensor takes some 200."""
+NESTED = ("state_dict", "model_state_dict", "model", "module")
+"""Where training frameworks keep the weights, beside what else they need to go on."""
 Place = tuple[int, int]
 """Where a storage begins in its file, and its bytes."""
 Contents = tuple[dict[str, View], dict[str, Place]]
@@ -95,7 +97,8 @@ def _torch_header(file: Path) -> dict[str, TensorReference]:
         reason = str(error).strip().split("\n")[0]
         raise CheckpointError(
             f"{file}: not a readable checkpoint of tensors ({type(error).__name__}: {reason}); code in it is never "
-            "run: fetch it again from a source that you trust, in safetensors if there is one"
+            "run: fetch it again from a source that you trust, in safetensors if there is one, or, of a training "
+            "run's own file, save its 'state_dict' by itself and open that"
         ) from error
 
 
@@ -141,6 +144,8 @@ def _legacy_contents(opened: BinaryIO) -> Contents:
     views = _views(tensors)
     storages = {view.storage.key: view.storage for view in views.values()}
     places, at = {}, head.tell()
+    if set(keys) - storages.keys():
+        raise ValueError("it holds other tensors beside the weights, in the form of torch before 1.6")
     for key in keys:
         opened.seek(at)
         (numel,) = struct.unpack("<q", opened.read(8))
@@ -154,11 +159,16 @@ def _legacy_contents(opened: BinaryIO) -> Contents:
 
 
 def _views(tensors: object) -> dict[str, View]:
-    """These are named tensors, and no storage is read as two types."""
+    """These are named tensors, and no storage is read as two types; of a training run its weights alone."""
+    if isinstance(tensors, dict):
+        nested = (tensors.get(key) for key in NESTED)
+        tensors = next((each for each in nested if isinstance(each, dict) and each), tensors)
     if not isinstance(tensors, dict):
         raise TypeError(f"it holds a {type(tensors).__name__}, not a dict from name to tensor")
     storages: dict[str, Storage] = {}
     for name, view in tensors.items():
+        if not isinstance(name, str):
+            raise TypeError(f"it has the number {name} where the name of a tensor was expected")
         if not isinstance(view, View):
             raise TypeError(f"{name!r} is a {type(view).__name__}, where a name and a tensor were expected")
         if storages.setdefault(view.storage.key, view.storage) != view.storage:

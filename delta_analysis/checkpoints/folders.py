@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,10 @@ LAYOUTS = (
     ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model*.bin"),
 )
 """Single file, index, and shards without an index."""
+PART = re.compile(r"(?P<stem>.*)-(?P<number>\d{1,9})-of-(?P<of>\d{1,9})\.(safetensors|bin)")
 LONGEST_NAME = 255
 """Bytes of a shard's name; file systems take no more."""
+LONGEST_PATH = 1000
 LFS = b"version https://git-lfs"
 MOST_JSON = 2**25
 """Bytes that are believed to be an honest index or configuration; the index of 10^5 tensors has some 2^23."""
@@ -70,18 +74,37 @@ def _weight_files(path: Path) -> dict[Path, tuple[set[str], str]]:
             return {path / single: (set(), "")}
         if (path / index).exists():
             promised = read_index(path / index)
+            _check_complete(path / index, promised)
             if absent := [shard for shard in promised if not (path / shard).exists()]:
                 raise CheckpointError(f"{path / absent[0]}: named in {index} but absent; fetch the missing shard")
             return {path / shard: (names, index) for shard, names in promised.items()}
     for _, _, pattern in LAYOUTS:
         files = sorted(path.glob(pattern))
         if files:
+            _check_complete(path, [file.name for file in files])
             return {file: (set(), "") for file in files}
     held = Counter(file.suffix or file.name for file in path.iterdir()).most_common(8)
     raise CheckpointError(
         f"{path}: no weights here; expected model.safetensors or pytorch_model.bin, or shards of either with their "
         f"index ({LAYOUTS[0][1]} or {LAYOUTS[1][1]}), got {', '.join(f'{n} {kind}' for kind, n in held) or 'nothing'}"
     )
+
+
+def _check_complete(where: Path, names: Iterable[str]) -> None:
+    """Raise if these are named as parts of a whole, `-00001-of-00003`, and one is not among them."""
+    parts: dict[tuple[str, str], set[int]] = {}
+    for name in names:
+        if match := PART.fullmatch(name):
+            parts.setdefault((match["stem"], match["of"]), set()).add(int(match["number"]))
+    for (stem, of), held in parts.items():
+        # Some count from 0. A number may be absurd, so nothing as long is made of it.
+        first = min(held)
+        if first > 1 or len(held) < int(of):
+            lost = next(number for number in range(min(first, 1), len(held) + 2) if number not in held)
+            raise CheckpointError(
+                f"{where}: holds {len(held)} of {int(of)} shards named {stem}-…-of-{of}, and lacks number {lost}; "
+                "a part is not the model: fetch the missing shards, or remove those that an earlier save left behind"
+            )
 
 
 def read_index(index: Path) -> dict[str, set[str]]:
@@ -95,10 +118,11 @@ def read_index(index: Path) -> dict[str, set[str]]:
             not isinstance(shard, str)
             or shard in ("", "..")
             or "\0" in shard
-            or len(shard.encode(errors="surrogatepass")) > LONGEST_NAME
+            or max(len(part.encode(errors="surrogatepass")) for part in shard.split("/")) > LONGEST_NAME
+            or len(shard) > LONGEST_PATH
         ):
             raise CheckpointError(f"{index}: shard {shard!r} is not the name of a file; fetch the index again")
-        if Path(shard).name != shard:
+        if Path(shard).is_absolute() or ".." in Path(shard).parts:
             raise CheckpointError(
                 f"{index}: shard {shard!r} lies outside the checkpoint's directory; fetch the index again"
             )

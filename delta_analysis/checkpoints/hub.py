@@ -20,8 +20,13 @@ CONFIGS = ("config.json", "adapter_config.json")
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "model.safetensors", "pytorch_model.bin")
 TOKENIZER = re.compile(
     r"(tokenizer|tokenizer_config|special_tokens_map|added_tokens|generation_config)\.json"
-    r"|vocab\.(json|txt|bpe)|merges\.txt|chat_template\.(json|jinja)|[^/]+\.(model|tiktoken)|tekken\.json"
+    r"|vocab\.(json|txt|bpe)|merges\.txt|chat_template\.(json|jinja)|additional_chat_templates/[^/]+\.jinja"
+    r"|[^/]+\.(model|tiktoken)|tekken\.json"
+    r"|(processor|preprocessor|video_preprocessor|image_processor|feature_extractor)(_config)?\.json"
 )
+"""Files that belong to a model beside its weights: tokenizer, processor, and how it is prompted."""
+NO_TOKENIZER = re.compile(r"generation_config\.json|.*processor.*\.json|feature_extractor.*|.*chat_template.*")
+"""Those of them that make no tokenizer."""
 # What git allows in the name of a branch or tag.
 REVISION = re.compile(r"(?!/)(?!.*(\.\.|//))[^\s\x00-\x1f\x7f~^:?*\[\\]+(?<!/)")
 
@@ -81,6 +86,12 @@ def fetch_weights(hub: HubId) -> Path:
     return _snapshot(pinned, shards)
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a tokenizer, or the vocabulary of one."""
+    names = [file.name for file in folder.iterdir()]
+    return any(TOKENIZER.fullmatch(name) and not NO_TOKENIZER.fullmatch(name) for name in names)
+
+
 def fetch_tokenizer(hub: HubId) -> Path:
     """The local snapshot of a repository, with the files of its tokenizer, for evaluation.
 
@@ -100,7 +111,7 @@ def _listing(hub: HubId) -> tuple[Path, set[str]]:
     try:
         return folder, {entry.path for entry in get_cached_repo_tree(hub.repo, revision=folder.name)}
     except errors.CachedRepoTreeNotFoundError:  # a cache that another client filled, and no network
-        return folder, {path.name for path in folder.iterdir()}
+        return folder, {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
 
 
 def _snapshot(hub: HubId, names: Collection[str]) -> Path:

@@ -14,14 +14,22 @@ import torch
 from delta_analysis._errors import CheckpointError
 from delta_analysis.checkpoints.files import not_floating, read_header
 from delta_analysis.checkpoints.folders import read_json
+from delta_analysis.checkpoints.names import unwrapped
 from delta_analysis.checkpoints.tensors import TensorReference
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+FILES = ("adapter_model.*", "adapters.safetensors", "adapters.npz")
+"""Weights of adapters: peft's, and MLX's two."""
+FUSE = "fuse it with `mlx_lm.fuse --model BASE --adapter-path ADAPTER --save-path MERGED` and open the folder MERGED"
 PREFIX = "base_model.model."
 FACTOR = re.compile(
     rf"{re.escape(PREFIX)}(?P<module>.+)\.lora_(?P<kind>[AB](\.default)?\.weight|embedding_[AB](\.default)?)"
 )
+BASE_LAYER = ".base_layer."
+"""What peft puts into the name of a weight that it keeps beside its factors."""
+SOME_TOKENS = "trainable_tokens_delta"
+"""Rows of an embedding, those of the tokens that were trained."""
 VARIANTS = {
     "use_dora": "DoRA, which scales each row of the sum anew",
     "use_qalora": "QALoRA, which pools the inputs",
@@ -39,6 +47,8 @@ VARIANTS = {
 """Settings that make the delta another than scale · B A, or put it elsewhere."""
 PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva", "mica")
 """Initialisations that leave the base as it is; the others subtract from it what they put into the factors."""
+MOST_REPEATS = 3
+"""Repetitions in a pattern; each may try as many places as a name has characters."""
 Factors = dict[str, tuple[str, TensorReference]]
 """Kind of factor -> its name in the file, and where it lies."""
 WAY_OUT = (
@@ -95,17 +105,52 @@ class LoraProduct:
         return product.mul_(self.scale).view(self.shape)
 
 
+@dataclass(frozen=True)
+class OnStored:
+    """A weight that an adapter stores beside its factors, as of a vocabulary that grew, and their product on it."""
+
+    stored: TensorReference
+    product: LoraProduct
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.stored.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return tuple(dict.fromkeys(self.stored.files + self.product.files))
+
+    def read(self) -> torch.Tensor:
+        return self.stored.read().to(torch.float32) + self.product.read()
+
+
 def is_adapter(folder: Path) -> bool:
     """Whether a directory holds a peft adapter of whatever kind, and not only a trace of one."""
-    return (folder / CONFIG).is_file() and any(folder.glob("adapter_model.*"))
+    return (folder / CONFIG).is_file() and any(each for name in FILES for each in folder.glob(name))
 
 
-def adapter_differences(folder: Path) -> tuple[dict[str, LoraProduct], dict[str, str]]:
+def way_to_adapter(name: str) -> str:
+    """What to do with a factor that is not read as part of an adapter, by the tool that names it so."""
+    if name.endswith((".lora_a", ".lora_b")):
+        return f"MLX wrote it: {FUSE}"
+    if ".lora_down" in name or ".lora_up" in name:
+        return "it is one of kohya's scripts (lora_down, lora_up), not of peft: merge it with these and open the result"
+    if ".lora_a." in name or ".lora_b." in name:
+        return "it is named as torchtune does: save it with torchtune's save_adapter_weights_only in peft's form"
+    return "give the folder with its adapter_config.json"
+
+
+def adapter_differences(folder: Path) -> tuple[dict[str, LoraProduct], dict[str, TensorReference], dict[str, str]]:
     """The differences that a LoRA adapter makes, without its base and not yet computed.
 
     The scale is alpha / r, or alpha / √r for rsLoRA, where the first of the patterns that matches
-    the end of a module's name sets alpha or r for it. Beside the differences: the name of each stored
-    tensor that is no factor of one -> why it is left out.
+    the end of a module's name sets alpha or r for it. Beside the differences: the weights that the
+    adapter has whole, by the names of the base; and the name of each stored tensor that is no factor
+    -> why it is left out where no base is at hand.
     """
     config = _read_config(folder / CONFIG)
     rank_of = _by_module(folder / CONFIG, config, "r", "rank_pattern")
@@ -114,8 +159,10 @@ def adapter_differences(folder: Path) -> tuple[dict[str, LoraProduct], dict[str,
     if file is None:
         raise CheckpointError(f"{folder}: has {CONFIG} but neither {' nor '.join(WEIGHTS)}; fetch the weights too")
     factors: dict[str, Factors] = {}
-    whole = []
-    for stored, reference in read_header(file).items():
+    stored_whole: dict[str, TensorReference] = {}
+    header = read_header(file)
+    for written, stored in unwrapped(header).items():
+        reference = header[written]
         if match := FACTOR.fullmatch(stored):
             factors.setdefault(match["module"], {})[match["kind"]] = stored, reference
         elif ".lora_" in stored:
@@ -124,8 +171,8 @@ def adapter_differences(folder: Path) -> tuple[dict[str, LoraProduct], dict[str,
                 f"lora_B.weight, lora_embedding_A or lora_embedding_B: {WAY_OUT}"
             )
         else:
-            whole.append(stored.removeprefix(PREFIX))
-    references = {}
+            stored_whole[stored.removeprefix(PREFIX)] = reference
+    references: dict[str, LoraProduct] = {}
     for module, pair in factors.items():
         rank, alpha = rank_of(module), alpha_of(module)
         down, up = _check_pair(file, pair, rank)
@@ -137,13 +184,25 @@ def adapter_differences(folder: Path) -> tuple[dict[str, LoraProduct], dict[str,
         transposed = min(pair).startswith("embedding") or (config["fan_in_fan_out"] and len(down.shape) == 2)
         references[f"{module}.weight"] = LoraProduct(down, up, scale, transposed)
     if not references:
-        raise CheckpointError(f"{file}: holds no LoRA factor among {len(whole)} tensors; nothing to compare")
+        raise CheckpointError(f"{file}: holds no LoRA factor among {len(stored_whole)} tensors; nothing to compare")
     # An old peft stores the base's own embedding beside its factors, under the name of the weight.
-    return references, {name: STORED_WHOLE for name in whole if name not in references}
+    left_out = {name: reference for name, reference in stored_whole.items() if name not in references}
+    whole: dict[str, TensorReference] = {}
+    for name, reference in left_out.items():
+        target = name.replace(BASE_LAYER, ".")
+        product = references.get(target)
+        if product is None:
+            whole[target] = reference
+        elif product.shape == reference.shape:
+            whole[target] = OnStored(reference, product)
+    whole = {name: reference for name, reference in whole.items() if not name.endswith(SOME_TOKENS)}
+    return references, whole, dict.fromkeys(left_out, STORED_WHOLE)
 
 
 def _read_config(file: Path) -> dict[str, Any]:
     config = read_json(file)
+    if "fine_tune_type" in config:
+        raise CheckpointError(f"{file}: an adapter of MLX ({config['fine_tune_type']}), not of peft: {FUSE}")
     if config.get("peft_type") != "LORA":
         raise CheckpointError(f"{file}: an adapter of peft_type {config.get('peft_type')!r}, not LORA: {WAY_OUT}")
     for key, variant in VARIANTS.items():
@@ -165,11 +224,22 @@ def _by_module(file: Path, config: dict[str, Any], key: str, patterns_key: str) 
     patterns = config.get(patterns_key) or {}
     if not isinstance(patterns, dict):
         raise CheckpointError(f"{file}: {patterns_key} is {patterns!r}; expected an object from module to number")
+    if slow := next((pattern for pattern in patterns if _may_never_end(pattern)), None):
+        raise CheckpointError(
+            f"{file}: {patterns_key} has the pattern {slow[:80]!r}, which repeats a group or more than {MOST_REPEATS} "
+            "other things, so that matching it may never end; name the modules instead"
+        )
     try:
         compiled = [(re.compile(rf"(.*\.)?({pattern})$"), value) for pattern, value in patterns.items()]
     except (re.error, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{file}: {patterns_key} holds no regular expression ({error}); correct it") from error
     return lambda module: next((value for pattern, value in compiled if pattern.match(module)), config.get(key))
+
+
+def _may_never_end(pattern: str) -> bool:
+    """Whether the time of matching may grow without bound: what is repeated is a group, or too much is repeated."""
+    plain = re.sub(r"\\.|\[\^?\]?[^\]]*\]|\(\?", "x", pattern)
+    return bool(re.search(r"\)[*+{]", plain)) or len(re.findall(r"[*+{?]", plain)) > MOST_REPEATS
 
 
 def _check_pair(file: Path, pair: Factors, rank: object) -> tuple[TensorReference, TensorReference]:

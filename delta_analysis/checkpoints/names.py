@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
@@ -31,6 +33,10 @@ WRAPPERS = (
     "backbone.",
 )
 """What a wrapping module puts before the names of the model inside it."""
+
+
+WRAPPED = re.compile(r"_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.")
+"""What torch.compile, FSDP and activation checkpointing put into names, wherever they wrap a module."""
 
 
 class TensorName(NamedTuple):
@@ -94,6 +100,19 @@ def output_head(names: Iterable[str]) -> str | None:
 def _ending_with(names: Iterable[str], modules: tuple[str, ...]) -> str | None:
     endings = tuple(f".{module}.weight" for module in modules)
     return next((name for name in names if f".{name}".endswith(endings)), None)
+
+
+def unwrapped(names: Iterable[str]) -> dict[str, str]:
+    """Name -> the name without what training put into it; one that another tensor would share stays as it is.
+
+    Examples
+    --------
+    >>> unwrapped(["module._orig_mod.layers.0._fsdp_wrapped_module.norm.weight"])
+    {'module._orig_mod.layers.0._fsdp_wrapped_module.norm.weight': 'layers.0.norm.weight'}
+    """
+    short = {name: re.sub(r"^(module\.)+", "", WRAPPED.sub("", name)) for name in names}
+    count = Counter(short.values())
+    return {name: bare if bare and count[bare] == 1 else name for name, bare in short.items()}
 
 
 def bare_name(name: str) -> str:

@@ -119,8 +119,8 @@ def read_pickle(stream: BytesIO) -> Any:
             _kind(stack[-1], list).extend(items)
         elif name in ("SETITEM", "SETITEMS"):
             items = popped(marks.pop() if name == "SETITEMS" else len(stack) - 2)
-            # Hashing a key of any other kind can be made to end the process.
-            keys = [_kind(key, str) for key in items[::2]]
+            # Hashing a key of any other kind can be made to end the process. Optimizers number their states.
+            keys = [key if type(key) is int else _kind(key, str) for key in items[::2]]
             _kind(stack[-1], dict).update(zip(keys, items[1::2], strict=True))
         elif name == "BINPERSID":
             stack.append(_storage(stack.pop()))

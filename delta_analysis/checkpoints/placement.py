@@ -149,9 +149,10 @@ def model_map(config: Mapping[str, Any], shapes: Shapes, model_class: type[PreTr
     converter_of = {pattern: each for each in converters for pattern in each.source_patterns}
     state = model.state_dict()
     groups: dict[str, list[tuple[str, str | None]]] = {}
-    unplaced = []
+    # No model has as many layers, and transformers cannot read such a number.
+    unplaced = [name for name in shapes if re.search(r"\d{19}", name)]
     # In the order of loading, which is that of the experts.
-    for name in sorted(shapes, key=dot_natural_key):
+    for name in sorted(shapes.keys() - set(unplaced), key=dot_natural_key):
         prefix = model.base_model_prefix
         target, pattern = rename_source_key(name, renamings, converters, prefix, state)
         if target not in state and name in state:
@@ -201,11 +202,10 @@ def settings_of(config: Mapping[str, Any], model_class: type[PreTrainedModel]) -
     """
     from huggingface_hub.errors import StrictDataclassError
 
-    # A copy, since transformers writes into the dicts that it is given; weights that we read are not quantised.
-    settings = {key: deepcopy(value) for key, value in config.items() if key != "quantization_config"}
     make: Any = model_class.config_class
     try:
-        return make.from_dict(settings)
+        # A copy, since transformers writes into the dicts that it is given.
+        return make.from_dict(deepcopy(dict(config)))
     except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise _unfit(model_class, error) from error
 

@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import platform
 import re
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -51,7 +52,10 @@ def content_hash(source: str) -> str:
 def _hashes(files: list[Path]) -> dict[str, str]:
     with ThreadPoolExecutor() as pool:
         hashes = pool.map(lambda path: _cached_hash(path) or _file_hash(path), files)
-        return {path.name: digest for path, digest in zip(files, hashes, strict=True)}
+        # Shards in folders of their own may have one name.
+        count = Counter(path.name for path in files)
+        names = [path.name if count[path.name] == 1 else f"{path.parent.name}/{path.name}" for path in files]
+        return dict(zip(names, hashes, strict=True))
 
 
 def _cached_hash(path: Path) -> str:

@@ -18,6 +18,7 @@ from delta_analysis.checkpoints import (
     InMemory,
     LoraProduct,
     ModelMap,
+    OnStored,
     TensorReference,
     bare_name,
     input_embedding,
@@ -219,7 +220,9 @@ def _has_row_a_token(name: str, reference: TensorReference, side: Checkpoint) ->
     """Whether this is the embeddings, the output head or its bias, with a row for each token, and can be cut."""
     embedding, head = input_embedding(side), output_head(side)
     head_bias = name.endswith("bias") and any(part in name for part in ("lm_head", "embed_out", "cls.predictions"))
-    cuttable = isinstance(reference, InMemory) or (isinstance(reference, InFile) and reference.strides is None)
+    cuttable = isinstance(reference, InMemory | OnStored) or (
+        isinstance(reference, InFile) and reference.strides is None
+    )
     if not (cuttable and embedding and reference.shape and (name in (embedding, head) or head_bias)):
         return False
     return reference.shape[0] == side.references[embedding].shape[0]

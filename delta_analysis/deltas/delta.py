@@ -81,14 +81,14 @@ class Delta(Mapping[str, torch.Tensor]):
         Of a matrix over vocabularies of different sizes these are the rows that both have.
         """
         own, base = self._sides(name)
-        whole = self._difference(own, base)
+        whole = self._difference(name, own, base)
         start = torch.zeros_like(whole) if base is None else to_float32(base)
-        return edited_weight(start, self._edited(name, whole), whole, None if self.finetuned.is_delta else own)
+        return edited_weight(start, self._edited(name, whole), whole, None if self._is_difference(name) else own)
 
     def _read(self, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The delta's tensor, and the base's as it is stored."""
         own, base = self._sides(name)
-        return self._edited(name, self._difference(own, base)), base
+        return self._edited(name, self._difference(name, own, base)), base
 
     def _sides(self, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Fine-tuned and base as they are stored."""
@@ -96,8 +96,11 @@ class Delta(Mapping[str, torch.Tensor]):
         assert match.finetuned is not None
         return match.finetuned.read(), None if match.base is None else match.base.read()
 
-    def _difference(self, own: torch.Tensor, base: torch.Tensor | None) -> torch.Tensor:
-        return to_float32(own) if base is None or self.finetuned.is_delta else _difference(own, base)
+    def _difference(self, name: str, own: torch.Tensor, base: torch.Tensor | None) -> torch.Tensor:
+        return to_float32(own) if base is None or self._is_difference(name) else _difference(own, base)
+
+    def _is_difference(self, name: str) -> bool:
+        return self.finetuned.is_difference(name)
 
     def _edited(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         for prune, seed in self._prunes:
@@ -212,8 +215,8 @@ def load_delta(
     Warns
     -----
     UserWarning
-        An adapter with whole weights beside its factors; or fine-tuned weights so small beside the
-        base's that they must be a published delta.
+        An adapter with whole weights beside its factors, and no base to subtract from them; or
+        fine-tuned weights so small beside the base's that they must be a published delta.
 
     Examples
     --------
@@ -236,19 +239,15 @@ def load_delta(
             f"{start.source}: is an adapter, not a base; give the model that it was trained on as base, "
             "and the adapter as finetuned"
         )
+    if start is not None:
+        tuned = tuned.with_whole()
     delta = Delta(start, tuned, tuple(align(start, tuned, vocab)))
     if not len(delta):
         raise _not_homologous(delta)
-    # Buffers and tied heads of a published delta are no loss.
-    whole = [name for name, reason in tuned.skipped.items() if reason == STORED_WHOLE]
-    if whole:
-        warnings.warn(
-            f"{tuned.source}: {len(whole)} of its tensors are not in the delta, such as {whole[0]!r} "
-            f"({STORED_WHOLE}); coverage() lists them",
-            stacklevel=2,
-        )
     if not tuned.is_delta:
         _warn_of_published_delta(delta)
+    elif not finetuned_is_delta:
+        _check_adapter(delta)
     return delta
 
 
@@ -266,6 +265,33 @@ def _not_homologous(delta: Delta) -> NotHomologousError:
         f"{base.source} and {finetuned.source} share {len(differing)} names but no shape: {examples}; "
         "a delta needs the base that was fine-tuned, of the same size"
     )
+
+
+def _check_adapter(delta: Delta) -> None:
+    """Raise if a part of it does not fit into the base, and warn if one is left out: the edit is another without it."""
+    unfit = [match for match in delta.matches if match.status == "shape differs"]
+    if unfit and delta.base is not None:
+        raise NotHomologousError(
+            f"{delta.finetuned.source}: {unfit[0].tensor!r} has another shape than {delta.base.source} has, "
+            f"{unfit[0].reason}; give the base that it was trained on. If its vocabulary was resized, call "
+            "model.resize_token_embeddings(…) on the base, save it with save_pretrained and give that folder as base"
+        )
+    tuned = delta.finetuned
+    for name, match in delta.compared.items():
+        own = tuned.references[name]
+        if own.shape != match.shape and not tuned.is_difference(name):
+            warnings.warn(
+                f"{tuned.source}: {name!r} has rows for {own.shape[0]} tokens, and {match.shape[0]} of them are in the "
+                "base too; these are compared, the others are judged and saved as the adapter has them",
+                stacklevel=3,
+            )
+    whole = [name for name, reason in tuned.skipped.items() if reason == STORED_WHOLE]
+    if whole:
+        warnings.warn(
+            f"{tuned.source}: {len(whole)} of its tensors are not in the delta, such as {whole[0]!r} "
+            f"({STORED_WHOLE}); coverage() lists them",
+            stacklevel=3,
+        )
 
 
 def _names(checkpoint: Checkpoint) -> str:

@@ -3,19 +3,55 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
+from typing import Any
 
 from delta_analysis._errors import CheckpointError
-from delta_analysis.checkpoints import Checkpoint, Placement, model_class, model_map
+from delta_analysis.checkpoints import (
+    Checkpoint,
+    Placement,
+    TensorReference,
+    input_embedding,
+    model_class,
+    model_map,
+    output_head,
+)
 from delta_analysis.deltas.delta import Delta
 
 
-def edited_checkpoint(delta: Delta) -> Checkpoint:
-    """The model that an edit changes: the fine-tune, and of an adapter or a published delta its base."""
-    if not delta.finetuned.is_delta:
-        return delta.finetuned
-    if delta.base is None:
-        raise CheckpointError(f"{delta.finetuned.source}: holds differences alone; give the base that they belong to")
-    return delta.base
+def edited_checkpoint(delta: Delta, base: Checkpoint | None = None) -> Checkpoint:
+    """The model that an edit changes: the fine-tune, and of an adapter or a published delta its base.
+
+    The base then has what an adapter brings whole and it lacks: heads, rows of a vocabulary that grew, and an output
+    head apart from the embeddings to which the base ties it, if both are changed.
+    """
+    tuned = delta.finetuned
+    if not tuned.is_delta:
+        return tuned
+    base = delta.base if base is None else base
+    if base is None:
+        raise CheckpointError(f"{tuned.source}: holds differences alone; give the base that they belong to")
+    embedding = input_embedding(base)
+    added: dict[str, TensorReference] = {}
+    config: dict[str, Any] = {}
+    matches = {match.tensor: match for match in delta.matches}
+    for name, own in tuned.references.items():
+        match = matches[name]
+        whole = not tuned.is_difference(name)
+        held = base.references.get(match.base_name)
+        if output_head([name]) and match.base_name == embedding and embedding is not None:
+            if whole or embedding in delta.compared:
+                added[name] = base.references[embedding]
+                config["tie_word_embeddings"] = False
+        elif whole and held is None:
+            added[name] = own
+        elif whole and held is not None and held.shape != own.shape:
+            added[match.base_name] = own
+            if match.base_name == embedding:
+                config["vocab_size"] = own.shape[0]
+    text = base.config.get("text_config")
+    inner = {"text_config": {**text, **config}} if config and isinstance(text, dict) else {}
+    return replace(base, references={**base.references, **added}, config={**base.config, **config, **inner})
 
 
 def placements(delta: Delta) -> tuple[Placement, ...]:

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import shutil
-import warnings
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +25,7 @@ from delta_analysis.checkpoints import (
     Converted,
     TensorReference,
     bare_name,
+    has_tokenizer,
     input_embedding,
     model_class,
     model_map,
@@ -34,6 +34,7 @@ from delta_analysis.checkpoints import (
     written_whole,
 )
 from delta_analysis.deltas.delta import Delta
+from delta_analysis.deltas.placements import edited_checkpoint
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 """The dtypes that weights are saved in, and what safetensors calls them."""
@@ -112,7 +113,7 @@ def save_checkpoint(
     out = Path(out_dir).expanduser().resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out}: exists already; choose another out_dir, or remove it")
-    model = base if delta.finetuned.is_delta else delta.finetuned
+    model = edited_checkpoint(delta, base)
     # A bare file of weights has neither configuration nor tokenizer.
     described = model if model.config else base
     parts, ties_head = _as_loaded(_plan(base, delta, model, dtype), described)
@@ -120,7 +121,7 @@ def save_checkpoint(
         folder.mkdir()
         table = _write_shards(delta, parts, folder, max_shard_size)
         _write_config(described, folder, parts, ties_head=ties_head)
-        for file in _tokenizer(model, base):
+        for file in _tokenizer(delta.finetuned, model, base):
             shutil.copy(file, folder / file.name)
         # They describe the delta as it was made, before any edit.
         for name, text in {} if delta.edits else delta.finetuned.beside.items():
@@ -136,7 +137,8 @@ def _tokenizer(*sides: Checkpoint) -> list[Path]:
         except CheckpointError:
             # A repository without a tokenizer: the other side's, or none, is what there is to save.
             continue
-        if folder is not None:
+        # An adapter may have a part of it, such as a chat template.
+        if folder is not None and (has_tokenizer(folder) or not side.is_delta):
             # A repository may have a whole folder of such a name.
             files = [file for file in sorted(folder.iterdir()) if TOKENIZER.fullmatch(file.name) and file.is_file()]
             # Old ones are a vocabulary alone; how to generate is no tokenizer.
@@ -153,11 +155,12 @@ def _plan(base: Checkpoint, delta: Delta, model: Checkpoint, dtype: str | None) 
         raise ValueError(
             f"{model.source}: the delta is the fine-tuned weights themselves; load it with its base to save their sum"
         )
+    apart = delta.finetuned.is_delta
     short = {bare_name(name): name for name in base}
     own = dict(model.references)
     changes: dict[str, tuple[TensorReference | None, str]] = {}
     for name, match in delta.compared.items():
-        side = match.base if model is base else match.finetuned
+        side = match.base if apart else match.finetuned
         if isinstance(side, Converted):
             # What the files have in parts is saved as the model has it, which loads as well.
             own = {each: reference for each, reference in own.items() if each not in side.placement.stored}
@@ -175,15 +178,15 @@ def _plan(base: Checkpoint, delta: Delta, model: Checkpoint, dtype: str | None) 
                 f"{base.source}: tensor {target!r} has shape {start and start.shape}, where the delta's base has "
                 f"{taken_from}; save with the base that the delta was taken from"
             )
-        place = target if model is base else name
-        if model is base and output_head([name]) and input_embedding([target]):
+        place = target if apart else name
+        if apart and output_head([name]) and input_embedding([target]):
             # A head that the base ties to its embeddings becomes a matrix of its own.
             place, own[name] = name, start
         changes[place] = start, name
     parts = {}
     for name, reference in own.items():
         start, delta_name = changes.get(name, (None, ""))
-        parts[name] = Part(reference, start, delta_name, dtype or _storable(reference), model is not base)
+        parts[name] = Part(reference, start, delta_name, dtype or _storable(reference), not apart)
     return parts
 
 
@@ -318,10 +321,4 @@ def _write_config(model: Checkpoint, folder: Path, parts: dict[str, Part], *, ti
     config = {**model.config, **stated}
     if isinstance(config.get("text_config"), dict):
         config["text_config"] = {**config["text_config"], **stated}
-    if config.pop("quantization_config", None) is not None:
-        warnings.warn(
-            f"{model.source}: its config.json asks for quantisation, and the weights are saved as they are computed; "
-            "the setting is left out of what is saved",
-            stacklevel=3,
-        )
     (folder / "config.json").write_text(json.dumps(config, indent=1, default=str) + "\n", encoding="utf-8")

@@ -102,7 +102,11 @@ def _in_order(delta: Delta, executor: Executor, bar: tqdm) -> Iterator[tuple[Mat
     waiting: deque[tuple[Match, list[Future[Tally]]]] = deque()
     try:
         for match in delta.compared.values():
-            futures = [] if delta.edits else _submit(match, executor, subtract=not delta.finetuned.is_delta)
+            futures = (
+                []
+                if delta.edits
+                else _submit(match, executor, subtract=not delta.finetuned.is_difference(match.tensor))
+            )
             waiting.append((match, futures))
             while waiting and (not waiting[-1][1] or sum(len(tasks) for _, tasks in waiting) > AHEAD):
                 yield _finish(delta, *waiting[0], bar)

@@ -15,10 +15,10 @@ from transformers.utils import logging
 
 from delta_analysis._errors import CheckpointError
 from delta_analysis.checkpoints import (
-    TOKENIZER,
     Checkpoint,
     Converted,
     TensorReference,
+    has_tokenizer,
     input_embedding,
     model_class,
     model_map,
@@ -182,7 +182,10 @@ def finetuned_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The fine-tuned model of a delta, with its edits; and the tokenizer."""
     whole = edited_checkpoint(delta)
-    tokenizer: Any = load_tokenizer(whole) if _has_tokenizer(whole) else _NoTokenizer(whole.source)
+    # An adapter's own goes before that of its base: it may have tokens or a chat template more.
+    sides = [delta.finetuned, whole] if delta.finetuned.is_delta else [whole]
+    owner = next((side for side in sides if _has_tokenizer(side)), None)
+    tokenizer: Any = _NoTokenizer(whole.source) if owner is None else load_tokenizer(owner)
     weights = _edited_weights(delta, whole) if delta.finetuned.is_delta or delta.edits else whole.references
     model = _model(whole, weights, device, dtype)
     if not isinstance(tokenizer, _NoTokenizer) and getattr(model.config, "pad_token_id", None) is None:
@@ -209,9 +212,7 @@ class _NoTokenizer:
 
 def _has_tokenizer(checkpoint: Checkpoint) -> bool:
     folder = tokenizer_folder(checkpoint)
-    # How to generate is no tokenizer.
-    names = [file.name for file in folder.iterdir()] if folder else []
-    return any(TOKENIZER.fullmatch(name) for name in names if name != "generation_config.json")
+    return folder is not None and has_tokenizer(folder)
 
 
 def _edited_weights(delta: Delta, whole: Checkpoint) -> dict[str, _Readable]:

@@ -112,10 +112,12 @@ def parse_scalings(given: Rates) -> tuple[float, ...]:
 
 def _numbers(given: Rates) -> tuple[float, ...]:
     """The numbers of a list or a text, or a single one, sorted; none if one of them is no number."""
+    parts: Sequence[str | float]
     if isinstance(given, str):
-        # Text of a list, as a command line passes it.
-        given = given.strip().removeprefix("[").removesuffix("]").split(",")
-    parts = [given] if isinstance(given, int | float) else given
+        # The text may be that of a list.
+        parts = given.strip().removeprefix("[").removesuffix("]").split(",")
+    else:
+        parts = [given] if isinstance(given, int | float) else given
     try:
         return tuple(sorted({float(part) for part in parts}))
     except (TypeError, ValueError):
@@ -141,7 +143,8 @@ def found_source(source: str) -> str:
 
 def named_sources(value: str) -> list[str]:
     """The sources in a text, with commas between; a path that has commas of its own is one, if it is there."""
-    parts, sources = value.split(","), []
+    parts = value.split(",")
+    sources: list[str] = []
     while parts:
         joined = {n: ",".join(parts[:n]).strip() for n in range(len(parts), 0, -1)}
         count = next((n for n, path in joined.items() if n > 1 and find_input(path).exists()), 1)

@@ -190,6 +190,91 @@ def test_integer_buffers_are_skipped_with_a_reason(save_checkpoint: SaveCheckpoi
 
 
 @pytest.mark.parametrize(
+    ("name", "buffer"),
+    [
+        ("transformer.h.0.attn.causal_mask", torch.ones(1, 1, 4, 4, dtype=torch.uint8)),
+        ("transformer.h.0.attn.attention.bias", torch.ones(1, 1, 4, 4, dtype=torch.bool)),
+        ("transformer.h.0.attn.bias", torch.ones(1, 1, 4, 4)),
+        ("decoder.causal", torch.ones(1, 1, 4, 4, dtype=torch.uint8)),
+        ("embeddings.position_ids", torch.arange(4, dtype=torch.int32)),
+    ],
+)
+def test_masks_and_positions_are_no_weights(save_checkpoint: SaveCheckpoint, name: str, buffer: torch.Tensor) -> None:
+    checkpoint = open_checkpoint(save_checkpoint("one", {"a.weight": torch.ones(2), name: buffer}))
+    assert (list(checkpoint), list(checkpoint.skipped)) == (["a.weight"], [name])
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "bin"])
+@pytest.mark.parametrize(
+    "wrapper",
+    ["_orig_mod.{}", "module.{}", "module._orig_mod.module.{}", "model.layers.0._checkpoint_wrapped_module.{1}"]
+    + [f"model.layers.0.{name}.{name}.{{1}}" for name in ("_orig_mod", "_fsdp_wrapped_module")],
+)
+def test_what_training_puts_into_names_is_taken_off(tmp_path: Path, ending: str, wrapper: str) -> None:
+    bare = "model.layers.0.q_proj.weight"
+    stored = wrapper.format(bare, bare.removeprefix("model.layers.0."))
+    tensors = {stored: torch.ones(2, 3), "model.norm.weight": torch.ones(3)}
+    file = tmp_path / ("model.safetensors" if ending == "safetensors" else "pytorch_model.bin")
+    save_file(tensors, file) if ending == "safetensors" else torch.save(tensors, file)
+    checkpoint = open_checkpoint(tmp_path)
+    assert list(checkpoint) == ["model.norm.weight", bare]
+    reference = checkpoint.references[bare]
+    # Its own name in the file, for errors.
+    assert isinstance(reference, InFile) and reference.name == stored
+
+
+def test_a_compiled_model_has_the_names_of_the_model() -> None:
+    model = tiny_llama()
+    assert set(open_checkpoint(torch.compile(model, backend="eager"))) == set(open_checkpoint(model))
+
+
+def test_names_that_would_be_one_stay_as_they_are(save_checkpoint: SaveCheckpoint) -> None:
+    both = {"module.a.weight": torch.ones(2), "a.weight": torch.zeros(2)}
+    assert_holds(open_checkpoint(save_checkpoint("one", both)), both)
+
+
+def test_weights_that_zero_3_kept_elsewhere_are_told(save_checkpoint: SaveCheckpoint) -> None:
+    folder = save_checkpoint("one", {"a.weight": torch.empty(0), "b.bias": torch.empty(0), "c.weight": torch.ones(2)})
+    message = refusal(folder)
+    assert message.startswith(f"{folder}: 2 of 3 tensors have no entries, such as 'a.weight': DeepSpeed's ZeRO-3 ")
+    assert "zero_to_fp32.py" in message
+
+
+def test_settings_of_quantisation_beside_full_weights_are_left_out_and_said(save_checkpoint: SaveCheckpoint) -> None:
+    config = {"model_type": "llama", "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    folder = save_checkpoint("one", {"a.weight": torch.ones(2)}, config=config)
+    with pytest.warns(UserWarning, match="has a quantization_config, though its weights are in full precision"):
+        checkpoint = open_checkpoint(folder)
+    assert checkpoint.config == {"model_type": "llama"}
+
+
+@pytest.mark.parametrize(
+    ("name", "way_out"),
+    [
+        ("model.layers.0.self_attn.q_proj.lora_a", "mlx_lm.fuse"),
+        ("lora_unet_down_blocks.lora_down.weight", "kohya"),
+        ("layers.0.attn.q_proj.lora_a.weight", "torchtune"),
+        ("base_model.model.layers.0.q_proj.lora_A.weight", "give the folder with its adapter_config.json"),
+    ],
+)
+def test_factors_of_an_adapter_are_told_by_the_tool_that_wrote_them(
+    save_checkpoint: SaveCheckpoint, name: str, way_out: str
+) -> None:
+    message = refusal(save_checkpoint("one", {name: torch.ones(2, 2)}))
+    assert f"{name!r} is a factor of an adapter" in message
+    assert way_out in message
+
+
+def test_an_adapter_of_mlx_is_told_with_the_way_out(tmp_path: Path) -> None:
+    save_file({"model.layers.0.self_attn.q_proj.lora_a": torch.ones(4, 2)}, tmp_path / "adapters.safetensors")
+    (tmp_path / "adapter_config.json").write_text('{"fine_tune_type": "lora"}')
+    message = refusal(tmp_path)
+    assert message.startswith(
+        f"{tmp_path / 'adapter_config.json'}: an adapter of MLX (lora), not of peft: fuse it with "
+    )
+
+
+@pytest.mark.parametrize(
     ("name", "dtype", "kind"),
     [
         ("model.layers.0.q_proj.weight", torch.int8, "int8: int8 codes"),

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import zipfile
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from delta_analysis._errors import CheckpointError
-from delta_analysis.checkpoints.files import MOST_PICKLED, SAFETENSORS_DTYPES, read_header
+from delta_analysis.checkpoints.files import MOST_PICKLED, NESTED, SAFETENSORS_DTYPES, read_header
 from delta_analysis.checkpoints.tensors import InFile, TensorReference
 from tests.deltas.test_delta import normal
 
@@ -63,6 +64,25 @@ def test_a_dtype_that_this_package_does_not_know_is_named(tmp_path: Path) -> Non
 def written(file: Path, tensors: object, *, legacy: bool = False) -> Path:
     torch.save(tensors, file, _use_new_zipfile_serialization=not legacy)
     return file
+
+
+@pytest.mark.parametrize("key", NESTED)
+def test_of_a_training_runs_file_the_weights_are_read(tmp_path: Path, key: str) -> None:
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    whole = {"epoch": 3, key: model.state_dict(), "optimizer_states": [optimizer.state_dict()], "loss": torch.ones(())}
+    file = written(tmp_path / "pytorch_model.bin", whole)
+    assert_holds(read_header(file), {name: tensor.detach() for name, tensor in model.state_dict().items()})
+    assert "holds other tensors beside the weights" in refusal(written(file, whole, legacy=True))
+
+
+def test_what_a_training_run_keeps_is_never_made(tmp_path: Path) -> None:
+    file = written(tmp_path / "pytorch_model.bin", {"state_dict": {"a.weight": torch.ones(2)}, "args": Namespace(lr=1)})
+    message = refusal(file)
+    assert "not a readable checkpoint of tensors" in message
+    assert message.endswith("or, of a training run's own file, save its 'state_dict' by itself and open that")
 
 
 TENSORS = {
@@ -144,8 +164,8 @@ def test_a_small_pickle_of_a_large_tensor_is_refused(tmp_path: Path) -> None:
         ([torch.ones(2)], "it holds a list, not a dict from name to tensor"),
         (torch.ones(2), "it holds a View, not a dict"),
         ({"epoch": 3}, "'epoch' is a int, where a name and a tensor were expected"),
-        ({"model": {"a": torch.ones(2)}}, "'model' is a dict, where a name and a tensor were expected"),
-        ({0: torch.ones(2)}, "a int where torch writes a str"),
+        ({"ema": {"a": torch.ones(2)}}, "'ema' is a dict, where a name and a tensor were expected"),
+        ({0: torch.ones(2)}, "it has the number 0 where the name of a tensor was expected"),
     ],
 )
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])

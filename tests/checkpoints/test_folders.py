@@ -188,7 +188,7 @@ def test_the_name_of_a_shard_may_have_as_many_bytes_as_file_systems_take(
         "..",
         ".",
         "",
-        "sub/inside",
+        "sub/../../outside",
         "/etc/passwd",
         "\0",
         "a\0.safetensors",
@@ -199,16 +199,43 @@ def test_the_name_of_a_shard_may_have_as_many_bytes_as_file_systems_take(
         True,
     ],
 )
-def test_an_index_leads_nowhere_but_to_files_beside_it(tmp_path: Path, ending: str, name: object) -> None:
+def test_an_index_leads_nowhere_but_into_its_folder(tmp_path: Path, ending: str, name: object) -> None:
     folder = tmp_path / "model"
     (folder / "sub").mkdir(parents=True)
-    for file in (tmp_path / "outside", folder / "sub" / "inside"):
-        write(file.with_suffix(f".{ending}"), TENSORS)
-    index = write_index(
-        folder, ending, {NAMES[0]: f"{name}.{ending}" if name in ("../outside", "sub/inside") else name}
-    )
+    write(tmp_path / f"outside.{ending}", TENSORS)
+    index = write_index(folder, ending, {NAMES[0]: f"{name}.{ending}" if str(name).endswith("outside") else name})
     message = refusal(folder)
     assert message.startswith((f"{index}: shard ", f"{folder}: expected a .safetensors or .bin file"))
+
+
+def test_shards_may_lie_in_a_folder_of_their_own(tmp_path: Path, sharded: Path, ending: str) -> None:
+    (tmp_path / "weights").mkdir()
+    for number in (1, 2):
+        (sharded / shard(ending, number)).rename(tmp_path / "weights" / shard(ending, number))
+    write_index(sharded, ending, {name: f"weights/{shard(ending, 1 + (i > 2))}" for i, name in enumerate(NAMES)})
+    assert_holds(sharded, TENSORS)
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+@pytest.mark.parametrize("lost", [1, 2])
+def test_a_part_is_never_the_whole(tmp_path: Path, sharded: Path, ending: str, lost: int, indexed: bool) -> None:
+    (sharded / shard(ending, lost)).unlink()
+    index = sharded / f"{STEM[ending]}.{ending}.index.json"
+    index.unlink()
+    if indexed:
+        # An index of the part alone, as an interrupted conversion leaves it.
+        held = NAMES[3:] if lost == 1 else NAMES[:3]
+        write_index(sharded, ending, dict.fromkeys(held, shard(ending, 3 - lost)))
+    assert refusal(sharded).startswith(
+        f"{index if indexed else sharded}: holds 1 of 2 shards named {STEM[ending]}-…-of-00002, "
+        f"and lacks number {lost}; "
+    )
+
+
+def test_shards_may_be_counted_from_nought(tmp_path: Path, ending: str) -> None:
+    for number, names in enumerate((NAMES[:3], NAMES[3:])):
+        write(tmp_path / shard(ending, number), {name: TENSORS[name] for name in names})
+    assert_holds(tmp_path, TENSORS)
 
 
 def test_a_shard_of_another_format_is_refused(tmp_path: Path, ending: str) -> None:
@@ -229,7 +256,7 @@ def refusal_beside_a_pipe(path: Path, pipe: Path) -> str:
 
 @pytest.mark.parametrize("place", ["single", "alone", "in the index", "without index"])
 def test_a_pipe_in_place_of_weights_is_not_waited_for(tmp_path: Path, ending: str, place: str) -> None:
-    file = tmp_path / (f"{STEM[ending]}.{ending}" if place in ("single", "alone") else shard(ending, 1))
+    file = tmp_path / (f"{STEM[ending]}.{ending}" if place in ("single", "alone") else shard(ending, 1, of=1))
     os.mkfifo(file)
     if place == "in the index":
         write_index(tmp_path, ending, {NAMES[0]: file.name})

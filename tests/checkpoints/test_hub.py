@@ -53,6 +53,9 @@ TOKENIZER = (
     "tokenizer.model",
     "chat_template.jinja",
     "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
 )
 
 
@@ -443,7 +446,7 @@ def test_a_repository_of_other_formats_is_an_error(hub: FakeHub) -> None:
 
 @pytest.mark.parametrize(
     "shard",
-    ["modeling_name.py", "onnx/model.safetensors", "../../x.safetensors", "*.safetensors", "pytorch_model.bin", 3],
+    ["modeling_name.py", "onnx/other.safetensors", "../../x.safetensors", "*.safetensors", "pytorch_model.bin", 3],
 )
 def test_an_index_cannot_ask_for_other_files(hub: FakeHub, shard: object) -> None:
     hub.hold("config.json", "modeling_name.py", "onnx/model.safetensors", "pytorch_model.bin", "a.safetensors")

@@ -93,7 +93,7 @@ def peft_deltas(model: nn.Module, folder: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_is_pefts(model: nn.Module, folder: Path) -> None:
-    entries, _ = adapter_differences(folder)
+    entries, _, _ = adapter_differences(folder)
     deltas = peft_deltas(model, folder)
     assert entries.keys() == deltas.keys()
     for name, delta in deltas.items():
@@ -165,7 +165,7 @@ def test_deltas_of_embeddings_and_heads_are_what_peft_merges(
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.clone())
     train(model, tmp_path, LoraConfig(r=2, lora_alpha=3, **changes), save_embedding_layers=True)
     assert_is_pefts(model, tmp_path)
-    assert adapter_differences(tmp_path)[1].keys() >= whole
+    assert adapter_differences(tmp_path)[2].keys() >= whole
 
 
 @pytest.mark.filterwarnings("ignore:OLoRA changes the base weights:UserWarning")
@@ -196,7 +196,7 @@ def test_what_is_stored_whole_is_named_and_left_out(tmp_path: Path) -> None:
         modules_to_save=["classifier", "pooler"],
         trainable_token_indices={"word_embeddings": [1, 2]},
     )
-    entries, skipped = adapter_differences(train(bert(), tmp_path, config))
+    entries, _, skipped = adapter_differences(train(bert(), tmp_path, config))
     query = "bert.encoder.layer.0.attention.self.query"
     assert entries.keys() == {f"{query}.weight"}
     assert skipped.keys() == {
@@ -212,14 +212,14 @@ def test_what_is_stored_whole_is_named_and_left_out(tmp_path: Path) -> None:
 
 def test_every_stored_tensor_is_a_factor_or_skipped(tmp_path: Path) -> None:
     train(bert(), tmp_path, LoraConfig(r=2, target_modules=["query"], bias="all", task_type="SEQ_CLS"))
-    entries, skipped = adapter_differences(tmp_path)
+    entries, _, skipped = adapter_differences(tmp_path)
     stored = load_file(tmp_path / "adapter_model.safetensors")
     assert len(stored) == 2 * len(entries) + len(skipped)
     assert not entries.keys() & skipped.keys()
 
 
 def test_a_weight_stored_beside_its_factors_is_a_factored_one(tmp_path: Path) -> None:
-    entries, skipped = adapter_differences(write(tmp_path, FACTORS | {f"{Q_PROJ}.weight": torch.ones(3, 5)}))
+    entries, _, skipped = adapter_differences(write(tmp_path, FACTORS | {f"{Q_PROJ}.weight": torch.ones(3, 5)}))
     assert entries.keys() == {"layers.0.q_proj.weight"}
     assert skipped == {}
 
@@ -227,14 +227,14 @@ def test_a_weight_stored_beside_its_factors_is_a_factored_one(tmp_path: Path) ->
 def test_an_adapters_name_may_stand_in_its_tensors(tmp_path: Path) -> None:
     named = {name.replace(".weight", ".default.weight"): tensor for name, tensor in FACTORS.items()}
     embedding = {f"base_model.model.wte.lora_embedding_{side}.default": torch.ones(2, 2) for side in "AB"}
-    entries, _ = adapter_differences(write(tmp_path, named | embedding))
+    entries, _, _ = adapter_differences(write(tmp_path, named | embedding))
     assert entries.keys() == {"layers.0.q_proj.weight", "wte.weight"}
     assert torch.equal(entries["layers.0.q_proj.weight"].read(), torch.full((3, 5), 4.0))
     assert entries["wte.weight"].transposed
 
 
 def test_nothing_is_read_before_it_is_asked_for(tmp_path: Path) -> None:
-    entries, _ = adapter_differences(write(tmp_path))
+    entries, _, _ = adapter_differences(write(tmp_path))
     entry = entries["layers.0.q_proj.weight"]
     file = tmp_path / "adapter_model.safetensors"
     assert entry.files == (file,)
@@ -253,7 +253,7 @@ def test_safetensors_come_before_a_pickle(tmp_path: Path) -> None:
 def test_products_are_formed_in_float32(tmp_path: Path, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     tensors = {name: torch.randn(tensor.shape, dtype=dtype) for name, tensor in FACTORS.items()}
-    entries, _ = adapter_differences(write(tmp_path, tensors))
+    entries, _, _ = adapter_differences(write(tmp_path, tensors))
     down, up = (tensor.double() for tensor in tensors.values())
     read = entries["layers.0.q_proj.weight"].read()
     assert read.dtype == torch.float32
@@ -305,7 +305,7 @@ def test_patterns_match_as_in_peft(modules: set[str], patterns: dict[str, int], 
         tensors[f"base_model.model.{module}.lora_A.weight"] = torch.ones(2, 1)
         tensors[f"base_model.model.{module}.lora_B.weight"] = torch.ones(1, 2)
     with tempfile.TemporaryDirectory() as folder:
-        entries, _ = adapter_differences(write(Path(folder), tensors, alpha_pattern=patterns, use_rslora=rslora))
+        entries, _, _ = adapter_differences(write(Path(folder), tensors, alpha_pattern=patterns, use_rslora=rslora))
     for module in modules:
         alpha = patterns.get(get_pattern_key(patterns.keys(), module), CONFIG["lora_alpha"])
         assert entries[f"{module}.weight"].scale == alpha / (math.sqrt(2) if rslora else 2)
@@ -379,6 +379,13 @@ def test_starts_that_change_the_base_are_refused_by_name(tmp_path: Path, start: 
         ({"rank_pattern": [3]}, "rank_pattern is [3]; expected an object"),
         ({"alpha_pattern": "q_proj"}, "alpha_pattern is 'q_proj'; expected an object"),
         ({"alpha_pattern": {"(": 3}}, "alpha_pattern holds no regular expression"),
+        (
+            {"rank_pattern": {"(.*)*x": 3}},
+            "rank_pattern has the pattern '(.*)*x', which repeats",
+        ),
+        ({"rank_pattern": {"(a|a)+$": 3}}, "which repeats a group"),
+        ({"alpha_pattern": {".*" * 30 + "x": 3}}, "so that matching it may never end; name the modules instead"),
+        ({"alpha_pattern": {"q?" * 30: 3}}, "so that matching it may never end"),
         ({"alpha_pattern": {"a{99999999999999999999}": 3}}, "alpha_pattern holds no regular expression"),
         ({"alpha_pattern": {"q_proj": True}}, "module 'layers.0.q_proj' has alpha True; expected a finite number"),
         ({"lora_alpha": math.nan}, "has alpha nan"),
@@ -413,7 +420,7 @@ def test_any_config_gives_a_finite_scale_or_an_error(changes: dict[str, Any]) ->
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder), **changes)
         try:
-            entries, _ = adapter_differences(Path(folder))
+            entries, _, _ = adapter_differences(Path(folder))
         except CheckpointError as error:
             assert str(error).startswith(folder)
         else:

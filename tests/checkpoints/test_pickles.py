@@ -247,7 +247,7 @@ def test_a_call_is_refused_by_name_and_not_made(tmp_path: Path, protocol: int) -
         (b"ctorch._utils\n_rebuild_parameter\nN\x85R.", "its pickle has a NoneType where torch writes a View"),
         (b"ctorch._utils\n_rebuild_tensor_v2\n]R.", "its pickle has a list where torch writes a tuple"),
         (b"})Ns.", "its pickle has a tuple where torch writes a str"),
-        (b"}K\x01Ns.", "its pickle has a int where torch writes a str"),
+        (b"}G\0\0\0\0\0\0\0\0Ns.", "its pickle has a float where torch writes a str"),
         (b")X\1\0\0\0aNs.", "its pickle has a tuple where torch writes a dict"),
         (b"}Na.", "its pickle has a dict where torch writes a list"),
         (b"NN\x93.", "its pickle has a NoneType where torch writes a str"),

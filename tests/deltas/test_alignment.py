@@ -363,8 +363,7 @@ def test_factors_that_the_one_flag_has_the_wrong_way_round_are_turned(tmp_path: 
     # The flag that peft keeps is that of the head, which is a Linear; c_attn is GPT-2's Conv1D.
     changes = adapter_of(model, tmp_path / "adapter", target_modules=["c_attn", "lm_head"])
     assert '"fan_in_fan_out": false' in (tmp_path / "adapter" / "adapter_config.json").read_text()
-    with pytest.warns(UserWarning, match=r"'lm_head\.base_layer\.weight'"):
-        delta = load_delta(base=base, finetuned=tmp_path / "adapter")
+    delta = load_delta(base=base, finetuned=tmp_path / "adapter")
     assert delta.keys() == changes.keys() == {HEAD, *(f"transformer.h.{i}.attn.c_attn.weight" for i in (0, 1))}
     for name, change in changes.items():
         torch.testing.assert_close(delta[name], change, rtol=1e-6, atol=1e-6)
@@ -386,17 +385,21 @@ def test_a_wrong_flag_beside_a_square_module_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings(*PEFT_WARNINGS)
-def test_what_an_adapter_holds_whole_is_warned_of_and_covered_by_its_own_reason(tmp_path: Path) -> None:
+def test_what_an_adapter_holds_whole_is_part_of_its_delta_where_the_base_is_at_hand(tmp_path: Path) -> None:
     model = tiny_llama(tie_word_embeddings=False)
     base = saved(model, tmp_path / "base")
     adapter_of(model, tmp_path / "adapter", target_modules=["q_proj"], modules_to_save=["lm_head"])
+    delta = load_delta(base=base, finetuned=tmp_path / "adapter")
+    stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")["base_model.model.lm_head.weight"]
+    assert torch.equal(delta[HEAD], stored - load_file(base / "model.safetensors")[HEAD])
+    assert torch.equal(delta.weight(HEAD), stored)
+    assert by_tensor(delta).loc[EMBEDDINGS, "reason"] == "the fine-tune leaves it as it is"
+    # Without a base nothing can be subtracted.
     with pytest.warns(
         UserWarning, match=r"adapter: 1 of its tensors are not in the delta, such as 'lm_head\.weight' \("
     ):
-        delta = load_delta(base=base, finetuned=tmp_path / "adapter")
-    rows = by_tensor(delta)
-    assert rows.loc[HEAD, ["status", "reason"]].tolist() == ["only in base", STORED_WHOLE]
-    assert rows.loc[EMBEDDINGS, "reason"] == "the fine-tune leaves it as it is"
+        delta = load_delta(base=None, finetuned=tmp_path / "adapter")
+    assert by_tensor(delta).loc[HEAD, ["status", "reason"]].tolist() == ["skipped", STORED_WHOLE]
 
 
 @pytest.mark.filterwarnings(*PEFT_WARNINGS)
