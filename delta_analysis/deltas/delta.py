@@ -282,7 +282,7 @@ def _check_adapter(delta: Delta) -> None:
         if own.shape != match.shape and not tuned.is_difference(name):
             warnings.warn(
                 f"{tuned.source}: {name!r} has rows for {own.shape[0]} tokens, and {match.shape[0]} of them are in the "
-                "base too; these are compared, the others are judged and saved as the adapter has them",
+                "base too; these are in the delta, the others are judged and saved as the adapter has them",
                 stacklevel=3,
             )
     whole = [name for name, reason in tuned.skipped.items() if reason == STORED_WHOLE]
