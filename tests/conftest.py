@@ -10,6 +10,7 @@ import secrets
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -32,11 +33,17 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 SaveCheckpoint = Callable[..., Path]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _cells_in_out_dir() -> Iterator[None]:
-    """The store of cells that committed notebooks share in `make test` is none of the tests'."""
+@contextmanager
+def _without_store() -> Iterator[None]:
+    """`make test` lets committed notebooks share a store of cells: it is none of the tests', nor of their processes."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("DELTA_ANALYSIS_CELLS", raising=False)
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cells_in_out_dir() -> Iterator[None]:
+    with _without_store():
         yield
 
 
@@ -77,7 +84,8 @@ def _server_of_processes(request: pytest.FixtureRequest) -> None:
         multiprocessing.set_forkserver_preload(
             ["delta_analysis.reports.session", "hypothesis", "papermill", "tests.sweeps.test_sweep_kills"]
         )
-        forkserver.ensure_running()
+        with _without_store():
+            forkserver.ensure_running()
 
 
 @pytest.fixture(scope="session")

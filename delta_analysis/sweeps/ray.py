@@ -10,6 +10,9 @@ from typing import Any
 
 import torch
 
+ASK_AGAIN = 2.0
+"""Seconds between two interruptions of a worker that goes on."""
+
 
 class RayExecutor(Executor):
     """An executor whose workers are those of a Ray cluster: `submit`, `map`, `shutdown`, `with`.
@@ -78,12 +81,12 @@ class RayExecutor(Executor):
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:  # noqa: FBT001, FBT002
         """Take no more calls; wait for those submitted, or cancel them. The cluster goes on."""
         self._open = False
-        futures = list(self._references)
-        if cancel_futures:
-            for future in futures:
-                future.cancel()
-        if wait:
-            concurrent.futures.wait(futures)
+        references = dict(self._references)
+        stopped = [reference for future, reference in references.items() if cancel_futures and future.cancel()]
+        while wait and concurrent.futures.wait(references, timeout=ASK_AGAIN).not_done:
+            # An interruption is lost if it reaches a worker while Python ignores errors, in a destructor for example.
+            for reference in stopped:
+                self._cancel(reference)
 
     def _release(self, future: Future[Any]) -> None:
         reference = self._references.pop(future)
