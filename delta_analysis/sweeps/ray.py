@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import concurrent.futures
+import signal
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from functools import partial
 from typing import Any
 
 import torch
-
-ASK_AGAIN = 2.0
-"""Seconds between two interruptions of a worker that goes on."""
 
 
 class RayExecutor(Executor):
@@ -81,12 +79,12 @@ class RayExecutor(Executor):
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:  # noqa: FBT001, FBT002
         """Take no more calls; wait for those submitted, or cancel them. The cluster goes on."""
         self._open = False
-        references = dict(self._references)
-        stopped = [reference for future, reference in references.items() if cancel_futures and future.cancel()]
-        while wait and concurrent.futures.wait(references, timeout=ASK_AGAIN).not_done:
-            # An interruption is lost if it reaches a worker while Python ignores errors, in a destructor for example.
-            for reference in stopped:
-                self._cancel(reference)
+        futures = list(self._references)
+        if cancel_futures:
+            for future in futures:
+                future.cancel()
+        if wait:
+            concurrent.futures.wait(futures)
 
     def _release(self, future: Future[Any]) -> None:
         reference = self._references.pop(future)
@@ -95,6 +93,9 @@ class RayExecutor(Executor):
 
 
 def _run(threads: int, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    # A cluster that was started in the background ignores interrupts, by which Ray cancels a call.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # A worker that torch is loaded in keeps the threads of its first call otherwise.
     torch.set_num_threads(threads)
     return fn(*args, **kwargs)
