@@ -79,6 +79,11 @@ class Checkpoint(Mapping[str, torch.Tensor]):
     def __contains__(self, name: object) -> bool:
         return name in self.references
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape."""
+        return {name: reference.shape for name, reference in self.references.items()}
+
     def files(self) -> list[Path]:
         """The weight files, sorted."""
         return sorted({file for reference in self.references.values() for file in reference.files})

@@ -2,7 +2,7 @@
 
 from delta_analysis.deltas.alignment import COMPARED, VOCABULARIES, Match, Vocabulary, align
 from delta_analysis.deltas.delta import Delta, edited_weight, load_delta
-from delta_analysis.deltas.placements import edited_checkpoint, placements
+from delta_analysis.deltas.placements import edited_checkpoint, judged_class, placements
 from delta_analysis.deltas.ranges import GROUPS, LABELS, Grouping, magnitude_histogram, value_ranges
 from delta_analysis.deltas.saving import save_checkpoint
 from delta_analysis.deltas.selection import CLASSIFIER, in_scope, parts_and_layers
@@ -25,6 +25,7 @@ __all__ = [
     "edited_checkpoint",
     "edited_weight",
     "in_scope",
+    "judged_class",
     "load_delta",
     "magnitude_histogram",
     "parts_and_layers",

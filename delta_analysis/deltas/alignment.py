@@ -108,13 +108,13 @@ def _by_parameter(
     """Names that become the same parameter of the model, as transformers loads the two sides."""
     # An adapter and a bare file of weights have the other side's configuration.
     tuned_config, base_config = finetuned.config or base.config, base.config or finetuned.config
-    tuned_class = model_class(tuned_config, _shapes(finetuned))
+    tuned_class = model_class(tuned_config, finetuned.shapes)
     alike = tuned_config.get("model_type") == base_config.get("model_type")
-    base_class = tuned_class if alike else model_class(base_config, _shapes(base))
+    base_class = tuned_class if alike else model_class(base_config, base.shapes)
     if tuned_class is None or base_class is None:
         return {}, []
-    tuned_side = _parameters(finetuned, ours, model_map(tuned_config, _shapes(finetuned), tuned_class))
-    base_side = _parameters(base, theirs, model_map(base_config, _shapes(base), base_class))
+    tuned_side = _parameters(finetuned, ours, model_map(tuned_config, finetuned.shapes, tuned_class))
+    base_side = _parameters(base, theirs, model_map(base_config, base.shapes, base_class))
     renamed: dict[str, str] = {}
     converted = []
     for parameter, (name, tuned) in tuned_side.items():
@@ -129,10 +129,6 @@ def _by_parameter(
         else:
             renamed[name] = partner
     return renamed, converted
-
-
-def _shapes(side: Checkpoint) -> dict[str, tuple[int, ...]]:
-    return {name: reference.shape for name, reference in side.references.items()}
 
 
 def _parameters(side: Checkpoint, names: list[str], found: ModelMap) -> dict[str, tuple[str, TensorReference]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from delta_analysis._errors import CheckpointError
 from delta_analysis.checkpoints import (
@@ -17,6 +17,9 @@ from delta_analysis.checkpoints import (
     output_head,
 )
 from delta_analysis.deltas.delta import Delta
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def edited_checkpoint(delta: Delta, base: Checkpoint | None = None) -> Checkpoint:
@@ -54,6 +57,24 @@ def edited_checkpoint(delta: Delta, base: Checkpoint | None = None) -> Checkpoin
     return replace(base, references={**base.references, **added}, config={**base.config, **config, **inner})
 
 
+def judged_class(checkpoint: Checkpoint) -> type[PreTrainedModel]:
+    """The class of transformers that a checkpoint is loaded as.
+
+    Raises
+    ------
+    CheckpointError
+        An architecture that transformers does not know.
+    """
+    found = model_class(checkpoint.config, checkpoint.shapes)
+    if found is None:
+        kind = checkpoint.config.get("model_type", "no model_type")
+        raise CheckpointError(
+            f"{checkpoint.source}: its config.json names an architecture that transformers does not know ({kind}); "
+            "the pair can be compared, pruned and saved, but no model of it judged"
+        )
+    return found
+
+
 def placements(delta: Delta) -> tuple[Placement, ...]:
     """Which parameters of the model each tensor of the delta becomes, alone or together with others.
 
@@ -69,13 +90,7 @@ def placements(delta: Delta) -> tuple[Placement, ...]:
         Tensors that the model has no place for: they change nothing in it.
     """
     whole = edited_checkpoint(delta)
-    found = model_class(whole.config, {name: reference.shape for name, reference in whole.references.items()})
-    if found is None:
-        kind = whole.config.get("model_type", "no model_type")
-        raise CheckpointError(
-            f"{whole.source}: its config.json names an architecture that transformers does not know ({kind}); "
-            "the pair can be compared, pruned and saved, but no model of it judged"
-        )
+    found = judged_class(whole)
     shapes = {name: match.shape for name, match in delta.compared.items()}
     placed = model_map(whole.config, shapes, found)
     if not placed.placements:

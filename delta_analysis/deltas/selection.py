@@ -34,10 +34,7 @@ def in_scope(scope: str, tensors: Mapping[str, int]) -> list[str]:
 
     Parameters
     ----------
-    scope : `all` (what the delta has, as DARE's scripts for language models do); `linear`, the
-        matrices inside the layers, without the output head; `attention` and `mlp`, the matrices and
-        biases of a layer's attention and those beside it; `embeddings`; `norms`; a glob pattern
-        such as `*.layers.0.*`; or several of these with commas between.
+    scope : as `Delta.select` takes it.
     tensors : name of each tensor of a delta -> its number of dimensions.
 
     Raises

@@ -20,14 +20,13 @@ from delta_analysis.checkpoints import (
     TensorReference,
     has_tokenizer,
     input_embedding,
-    model_class,
     model_map,
     output_head,
     settings_of,
     text_settings,
     tokenizer_folder,
 )
-from delta_analysis.deltas import Delta, edited_checkpoint
+from delta_analysis.deltas import Delta, edited_checkpoint, judged_class
 
 
 def load_model(checkpoint: Checkpoint, device: str = "cpu", dtype: str = "float32") -> PreTrainedModel:
@@ -80,16 +79,9 @@ class _Edited:
 
 def _model(checkpoint: Checkpoint, weights: Mapping[str, _Readable], device: str, dtype: str) -> PreTrainedModel:
     """A model of these weights, with the configuration of the checkpoint."""
-    shapes = {name: reference.shape for name, reference in checkpoint.references.items()}
-    found = model_class(checkpoint.config, shapes)
-    where = checkpoint.path or checkpoint.source
-    if found is None:
-        raise CheckpointError(
-            f"{where}: its config.json names no architecture that transformers knows "
-            f"({checkpoint.config.get('model_type', 'no model_type')}); it can be compared, but not judged"
-        )
+    found, where = judged_class(checkpoint), checkpoint.path or checkpoint.source
     make: Any = found
-    wanted = model_map(checkpoint.config, shapes, found)
+    wanted = model_map(checkpoint.config, checkpoint.shapes, found)
     for placement in wanted.placements:
         for parameter, shape in placement.shapes.items():
             if shape != wanted.shapes[parameter]:

@@ -68,8 +68,8 @@ def _warn_of_losses(delta: Delta) -> None:
     """Warn of what a fine-tune has beyond its base, and of settings that it has changed."""
     if delta.finetuned.is_delta or delta.base is None:
         return
-    own = {name: reference.shape for name, reference in delta.finetuned.references.items()}
-    beyond = [name for name, shape in own.items() if name not in delta or delta.compared[name].shape != shape]
+    shapes = delta.finetuned.shapes
+    beyond = [name for name, shape in shapes.items() if name not in delta or delta.compared[name].shape != shape]
     if beyond:
         warnings.warn(
             f"{delta.finetuned.source}: {len(beyond)} of its tensors, or rows of them, are not in {delta.base.source}, "

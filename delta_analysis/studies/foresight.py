@@ -9,7 +9,7 @@ import pandas as pd
 
 from delta_analysis.deltas import Delta, value_ranges
 from delta_analysis.prediction import delta_noise, fit_line, left_out
-from delta_analysis.sweeps import END, HIGHEST, LOWEST, RESAMPLES, Interval, logit, percentile_interval
+from delta_analysis.sweeps import RESAMPLES, Interval, logit, percentile_interval
 
 SUMMARIES = ("largest", "rss", "sum", "mean", "median")
 """How the noise shares of layers are brought into one number; rss is the root of the sum of squares."""
@@ -88,7 +88,7 @@ def compare_predictors(table: pd.DataFrame, predictors: Sequence[str] = PREDICTO
     predictors = list(predictors)
     table = table[table[predictors].gt(0).all(axis=1)].reset_index(drop=True)
     measured, weights = table["tolerated"].map(logit), _fine_tune_weights(table)
-    inner = table["tolerated"].between(LOWEST + END, HIGHEST - END).to_numpy()
+    inner = table["reading"].eq("measured").to_numpy()
     rows = []
     for predictor in predictors:
         errors = measured - left_out(table, predictor)

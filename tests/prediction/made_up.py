@@ -41,6 +41,7 @@ def made_up(
             "scope": SCOPES * pairs,
             "numel": 220_000,
             "tolerated": np.clip(expit(y), LOWEST, HIGHEST),
+            "reading": "measured",
             "good": np.exp(x),
             "fair": np.exp(x + rng.normal(size=len(x))),
             **others,
@@ -57,15 +58,15 @@ def foretold_by_others(table: pd.DataFrame, predictor: str, by: Sequence[str] = 
     found = []
     for _, row in table.iterrows():
         others = table[(table[list(by)] != row[list(by)]).any(axis=1)]
-        inner = others[others["tolerated"].between(1.001 * LOWEST, 0.999_999 * HIGHEST)]
+        inner = others[others["reading"] == "measured"]
         line = np.polyfit(np.log(inner[predictor]), measured(inner), 1)
         found.append(np.clip(np.polyval(line, np.log(row[predictor])), *LOGITS))
     return np.array(found)
 
 
 def censored(table: pd.DataFrame) -> pd.DataFrame:
-    """The same with two tolerances at each end of the search, which may be off by rounding."""
+    """The same with two bounds at each end of the search."""
     ordered = table["tolerated"].sort_values().index
-    table.loc[ordered[:2], "tolerated"] = [LOWEST, LOWEST * (1 + 1e-12)]
-    table.loc[ordered[-2:], "tolerated"] = [HIGHEST - 1e-12, HIGHEST]
+    table.loc[ordered[:2], ["tolerated", "reading"]] = [LOWEST, "at most"]
+    table.loc[ordered[-2:], ["tolerated", "reading"]] = [HIGHEST, "at least"]
     return table

@@ -60,7 +60,7 @@ def test_a_known_line_is_found(intercept: float, slope: float, seed: int) -> Non
 
 def test_rows_at_the_ends_are_not_fitted_on() -> None:
     table = censored(made_up(0.5))
-    ends = table.index[(table["tolerated"] < 0.0011) | (table["tolerated"] > 0.9989)]
+    ends = table.index[table["reading"] != "measured"]
     assert len(ends) == 4
     assert fit_line(table, "good") == fit_line(table.drop(index=ends), "good")
     assert fit_line(table, "good") != pytest.approx(fit_line(made_up(0.5), "good"))
@@ -105,6 +105,7 @@ def test_rows_at_the_ends_are_foretold_within_the_search() -> None:
     table = made_up(0.3)
     table.loc[[0, 4], "good"] = [1e-12, 1e12]
     table.loc[[0, 4], "tolerated"] = [HIGHEST, LOWEST]
+    table.loc[[0, 4], "reading"] = ["at least", "at most"]
     foretold = left_out(table, "good")
     assert foretold[[0, 4]].tolist() == pytest.approx([LOGITS[1], LOGITS[0]])
     assert foretold.index.equals(table.index)
@@ -193,6 +194,8 @@ def test_the_committed_table_can_be_fitted_on() -> None:
     table = calibration_table()
     assert table[[WITH_INPUTS, WITHOUT_INPUTS]].gt(0).all(axis=None)
     assert table["tolerated"].between(LOWEST, HIGHEST).all()
+    bounds = table[table["tolerated"].isin([table["tolerated"].max(), LOWEST])]
+    assert bounds["reading"].isin(["at least", "at most"]).all()
     assert (table["low"] <= table["tolerated"]).all()
     assert (table["tolerated"] <= table["high"]).all()
     assert not table.duplicated(["base", "finetuned", "scope"]).any()
