@@ -116,7 +116,7 @@ ARCHITECTURES = {
     "StableLM": Architecture("StableLmForCausalLM", "StableLmConfig", LLAMA),
     "OLMo 2": Architecture("Olmo2ForCausalLM", "Olmo2Config", LLAMA),
     "Mixtral": Architecture(
-        "MixtralForCausalLM", "MixtralConfig", {**LLAMA, "num_local_experts": 3, "num_experts_per_tok": 2}
+        "MixtralForCausalLM", "MixtralConfig", {**LLAMA, "num_local_experts": 11, "num_experts_per_tok": 2}
     ),
     "Qwen2-MoE": Architecture(
         "Qwen2MoeForCausalLM",
@@ -180,12 +180,15 @@ def tiny_model(name: str, seed: int = 0) -> PreTrainedModel:
 
 
 def moved(model: PreTrainedModel, seed: int, size: float = 0.02) -> PreTrainedModel:
-    """A copy with normal noise added to every weight, tied ones together: a fine-tune."""
+    """A copy with every weight shrunk and normal noise added, tied ones together: a fine-tune.
+
+    Without the shrinking base + difference would be the fine-tune's weight exactly.
+    """
     copied = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in copied.parameters():
-            parameter.add_(size * torch.randn(parameter.shape, generator=generator))
+            parameter.mul_(0.9).add_(size * torch.randn(parameter.shape, generator=generator))
     return copied
 
 

@@ -75,3 +75,17 @@ def test_it_is_compared_edited_saved_foretold_and_merged(
 
     told = da.layer_noise(str(tmp_path / "base"), str(tmp_path / "tuned"))
     assert set(told["tensor"]) == set(delta)
+
+
+def test_of_experts_that_are_fused_in_the_model_some_can_be_edited(tmp_path: Path) -> None:
+    base = tiny_model("Mixtral")
+    tuned = moved(base, seed=1)
+    for name, model in {"base": base, "tuned": tuned}.items():
+        model.save_pretrained(tmp_path / name)
+    pair = EditablePair.load(Pair("p", str(tmp_path / "base"), str(tmp_path / "tuned")))
+    with pair.edited(Edit(da.Dare(1.0), scope="*.experts.10.*"), seed=0) as dropped:
+        for layer, before, after in zip(dropped.model.model.layers, base.model.layers, tuned.model.layers, strict=True):
+            for parameter in ("gate_up_proj", "down_proj"):
+                now, start, own = (getattr(each.mlp.experts, parameter) for each in (layer, before, after))
+                assert torch.equal(now[10], start[10])
+                assert torch.equal(now[:10], own[:10])

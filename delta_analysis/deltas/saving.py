@@ -68,10 +68,8 @@ def save_checkpoint(
     """Save `base + delta` as sharded safetensors with index, configuration and tokenizer.
 
     Each tensor is `float32(base) + delta`, rounded once to the dtype it is stored in. What the delta
-    does not cover (a head, the rows of a grown vocabulary) is saved as the fine-tune has it, so that
-    a delta that was not pruned gives the fine-tune back, to the rounding of float32. Of an adapter or
-    a published delta it is the base that is saved, with the delta added where there is one. A few
-    tensors are in memory at a time.
+    does not cover (a head, the rows of a grown vocabulary) or leaves as it was is the fine-tune's own. Of an
+    adapter or a published delta it is the base that is saved, with the delta added. A few tensors are in memory.
 
     Parameters
     ----------
@@ -116,7 +114,8 @@ def save_checkpoint(
     model = edited_checkpoint(delta, base)
     # A bare file of weights has neither configuration nor tokenizer.
     described = model if model.config else base
-    parts, ties_head = _as_loaded(_plan(base, delta, model, dtype), described)
+    parts = _plan(base, delta, model, dtype)
+    ties_head = _ties_head(parts, described)
     with written_whole(out) as folder:
         folder.mkdir()
         table = _write_shards(delta, parts, folder, max_shard_size)
@@ -190,24 +189,11 @@ def _plan(base: Checkpoint, delta: Delta, model: Checkpoint, dtype: str | None) 
     return parts
 
 
-def _as_loaded(parts: dict[str, Part], model: Checkpoint) -> tuple[dict[str, Part], bool]:
-    """The parts under names that transformers finds, and whether the configuration ties the head to the embeddings.
-
-    A matrix that is stored under its second name gets its first.
-    """
+def _ties_head(parts: dict[str, Part], model: Checkpoint) -> bool:
+    """Whether transformers would make the output head the embeddings, as the configuration stands."""
     shapes = {name: part.own.shape for name, part in parts.items()}
     found = model_class(model.config, shapes)
-    if found is None:
-        return parts, model.ties_head
-    placed = model_map(model.config, shapes, found)
-    made = {parameter for placement in placed.placements for parameter in placement.shapes}
-    first = {
-        placement.stored[0]: placed.tied[parameter]
-        for placement in placed.placements
-        for parameter in placement.shapes
-        if placed.tied.get(parameter, parameter) not in made and not placement.converts
-    }
-    return {first.get(name, name): part for name, part in parts.items()}, bool(placed.tied)
+    return model.ties_head if found is None else bool(model_map(model.config, shapes, found).tied)
 
 
 def _storable(reference: TensorReference) -> str:

@@ -638,20 +638,22 @@ def test_scalars_and_empty_tensors_are_saved(save_checkpoint: SaveCheckpoint, tm
     assert table["lost_share"].tolist() == [0.0, 0.0, 0.0]
 
 
-def test_a_tied_matrix_under_its_second_name_is_saved_under_its_first(tmp_path: Path) -> None:
-    base = architectures.tiny_model("Llama, tied")
-    for name, model in {"base": base, "tuned": architectures.moved(base, seed=1)}.items():
-        model.save_pretrained(tmp_path / name)
+@pytest.mark.parametrize(("name", "alias"), [("Llama, tied", "lm_head.weight"), ("T5", "decoder.embed_tokens.weight")])
+def test_a_tied_matrix_under_its_second_name_is_compared_and_saved(tmp_path: Path, name: str, alias: str) -> None:
+    base = architectures.tiny_model(name)
+    tuned = architectures.moved(base, seed=1)
+    for side, model in {"base": base, "tuned": tuned}.items():
+        model.save_pretrained(tmp_path / side)
     file = tmp_path / "tuned" / "model.safetensors"
     tensors = load_file(file)
-    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    tensors[alias] = tensors.pop(base.all_tied_weights_keys[alias])
     save_file(tensors, file, metadata={"format": "pt"})
     delta = load_delta(base=tmp_path / "base", finetuned=tmp_path / "tuned")
     assert delta.coverage()["status"].eq("compared").all()
     saving.save_checkpoint(open_checkpoint(tmp_path / "base"), delta, tmp_path / "out")
     again, report = type(base).from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
-    assert torch.equal(architectures.outputs(again.eval()), architectures.outputs(architectures.moved(base, seed=1)))
+    assert torch.equal(architectures.outputs(again.eval()), architectures.outputs(tuned))
 
 
 def test_a_setting_of_quantisation_is_left_out_and_told(small: tuple[Path, Path], tmp_path: Path) -> None:
