@@ -7,13 +7,12 @@ from delta_analysis.evaluation.harness import LmEval
 from delta_analysis.evaluation.hidden_states import HiddenSimilarity
 from delta_analysis.evaluation.margins import Margins, first_items, margins_of
 from delta_analysis.evaluation.models import (
-    _write,
     check_device,
     finetuned_model,
     load_model,
     load_tokenizer,
     parameters_of,
-    patched,
+    write_weights,
 )
 from delta_analysis.evaluation.perplexity import TextPerplexity
 from delta_analysis.evaluation.protocol import Evaluation, Kind, Outcomes
@@ -33,7 +32,6 @@ __all__ = [
     "OutputDrift",
     "Question",
     "TextPerplexity",
-    "_write",
     "check_device",
     "check_texts",
     "finetuned_model",
@@ -44,6 +42,6 @@ __all__ = [
     "load_tokenizer",
     "margins_of",
     "parameters_of",
-    "patched",
     "token_batches",
+    "write_weights",
 ]

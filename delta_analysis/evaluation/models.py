@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -222,13 +221,19 @@ def _edited_weights(delta: Delta, whole: Checkpoint) -> dict[str, _Readable]:
     return weights
 
 
-def _write(model: PreTrainedModel, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Replace parameters; of a weight with fewer rows than its parameter, a shorter vocabulary, the first ones."""
+def write_weights(model: PreTrainedModel, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Replace parameters; of a weight with fewer rows than its parameter, a shorter vocabulary, the first ones.
+
+    Raises
+    ------
+    ValueError
+        A name that the model lacks, a shape that differs, or a weight that is NaN or infinite.
+    """
     parameters = parameters_of(model)
     with torch.no_grad():
         for name, weight in weights:
             whole = _with_other_rows(parameters.get(name), weight)
-            matching(parameters, name, whole).copy_(whole)
+            _matching(parameters, name, whole).copy_(whole)
 
 
 def _with_other_rows(whole: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor:
@@ -239,45 +244,12 @@ def _with_other_rows(whole: torch.Tensor | None, weight: torch.Tensor) -> torch.
     return torch.cat([weight, whole[rows:].detach().to(weight)])
 
 
-@contextmanager
-def patched(
-    model: PreTrainedModel, weights: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]
-) -> Iterator[PreTrainedModel]:
-    """The model with some of its weights replaced, restored bit for bit afterwards.
-
-    Parameters
-    ----------
-    model : any model whose parameters bear the names in `weights`.
-    weights : name -> new weight, or pairs of both, read one at a time.
-
-    Raises
-    ------
-    ValueError
-        A name that the model lacks, a shape that differs, or a weight that is NaN or infinite; the
-        model is left as it was.
-    """
-    parameters = parameters_of(model)
-    saved: dict[str, torch.Tensor] = {}
-    try:
-        with torch.no_grad():
-            for name, weight in weights.items() if isinstance(weights, Mapping) else weights:
-                parameter = matching(parameters, name, weight)
-                saved[name] = parameter.clone()
-                parameter.copy_(weight)
-        yield model
-    finally:
-        with torch.no_grad():
-            # In reverse, since a tied weight may have been saved twice, the second time already patched.
-            for name, weight in reversed(saved.items()):
-                parameters[name].copy_(weight)
-
-
 def parameters_of(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """Name -> weight or saved buffer; tied ones appear under each of their names and share one storage."""
     return dict(model.state_dict(keep_vars=True))
 
 
-def matching(parameters: Mapping[str, torch.Tensor], name: str, weight: torch.Tensor) -> torch.Tensor:
+def _matching(parameters: Mapping[str, torch.Tensor], name: str, weight: torch.Tensor) -> torch.Tensor:
     """The parameter of that name, if the weight fits it and is finite."""
     if name not in parameters:
         raise ValueError(f"tensor {name!r} has no place in the model; its parameters begin with {list(parameters)[:3]}")

@@ -16,9 +16,9 @@ from delta_analysis.checkpoints import PREFIX, Placement, open_checkpoint, pair_
 from delta_analysis.deltas import edited_weight, in_scope, load_delta, placements
 from delta_analysis.evaluation import (
     Evaluation,
-    _write,
     finetuned_model,
     parameters_of,
+    write_weights,
 )
 from delta_analysis.pruning import Change, Pruner, bind
 
@@ -149,7 +149,7 @@ class EditablePair:
 
         try:
             if edit is not None:
-                _write(model, weights(edit.pruner))
+                write_weights(model, weights(edit.pruner))
             yield Edited(model, 1 - left / before if before and edit is not None else 0.0)
         finally:
             with torch.no_grad():
